@@ -1,0 +1,1 @@
+//! Fault loop, block table, residency, drain and resolvers.

@@ -1,0 +1,65 @@
+//! Where a block lives when it is not in memory.
+//!
+//! A [`Store`] is a flat, byte-addressed home. The engine reads whole blocks from it and writes dirty
+//! pages back to it; it never asks a store anything else. Imports point down only: this crate knows
+//! nothing of blocks, faults or regions.
+
+use std::io;
+
+/// The home of a region's bytes.
+///
+/// A store may be slow, fail, fail once or write half. What the engine promises then:
+///
+/// * slow: only the threads that touch the block wait; no lock is held during a call.
+/// * a failed read: nothing of the buffer is shown to anybody; the read is tried again or the block is
+///   poisoned, as the region's policy says.
+/// * a failed or short write: the pages stay dirty in memory and are written again later, whole.
+///   A store must report a short write as an error; the engine assumes nothing about what was stored.
+/// * a call that never returns: its buffer is not reused until it does.
+pub trait Store: Send + Sync {
+    /// Fills `buf` with the bytes at `offset`. Bytes past the end of the store read as zero.
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
+
+    /// Like [`Store::read`], but only if that needs no waiting; `Ok(false)` says that nothing was read.
+    fn read_now(&self, _offset: u64, _buf: &mut [u8]) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    /// Writes all of `data` at `offset`. The engine never writes past [`Store::len`].
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Gives back the space of a range, which reads as zeros afterwards.
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Returns when everything written before is durable.
+    fn sync(&self) -> io::Result<()>;
+
+    /// Length in bytes.
+    fn len(&self) -> u64;
+
+    /// True if the store holds no byte.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The block size in bytes that the store likes best; 0 if it does not care.
+    fn preferred_block(&self) -> usize {
+        0
+    }
+
+    /// True if several reads may be under way at once.
+    fn concurrent_reads(&self) -> bool {
+        true
+    }
+
+    /// True if [`Store::write`] can succeed.
+    fn writable(&self) -> bool;
+
+    /// True if a failed read is worth trying again: the store is behind a network.
+    fn remote(&self) -> bool {
+        false
+    }
+
+    /// Names the store in messages, for instance by its path.
+    fn name(&self) -> String;
+}

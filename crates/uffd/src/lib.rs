@@ -1,0 +1,1 @@
+//! The kernel interface: ABI structs, ioctls, messages, PAGEMAP_SCAN. No threads, no policy.

@@ -1,0 +1,1 @@
+"""User-space paging for Python, on Linux userfaultfd."""

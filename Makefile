@@ -1,21 +1,66 @@
-# Every target does its own set-up; `make help` explains them.
+# Every target does its own set-up and is quick the second time. `make help` explains them.
 SHELL := /bin/bash
-PY := .venv/bin/python
-RUST := $(shell find crates -name '*.rs' -o -name Cargo.toml) Cargo.toml
+PYTHON ?= python3
+BIN := .venv/bin
+RUST := $(shell find crates -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
+# What pytest is given, for instance: make test ARGS='tests/test_tidy.py -k skip'
+ARGS ?=
+# What the tour is given, for instance: make tour TOUR='--file big.npy'
+TOUR ?=
+# How long `make soak` goes on.
+MINUTES ?= 120
 
-.PHONY: help test
-help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+.PHONY: help tour test bench lint docs soak clean
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
 
-.venv/.deps: pyproject.toml
-	python3 -m venv .venv
-	.venv/bin/pip install -q -e '.[dev]'
-	touch .venv/.deps .venv/.ext
+# Two stamps. .deps: the Python packages that pyproject.toml names. .ext: the compiled part. They are two so
+# that a change in Rust rebuilds the extension and nothing else, and a fresh clone builds it once.
+.venv/.deps: pyproject.toml tools/requirements.py tools/needs
+	@tools/needs $(PYTHON)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python tools/requirements.py dev > .venv/requirements.txt
+	$(BIN)/python -m pip install -q -r .venv/requirements.txt
+	@touch $@
 
 .venv/.ext: .venv/.deps $(RUST)
-	.venv/bin/pip install -q --no-build-isolation --no-deps -e .
-	touch .venv/.ext
+	@tools/needs $(PYTHON)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
 
-test: .venv/.ext ## run every test
-	cargo test --release --workspace
-	$(PY) -m pytest
+.venv/.docs: .venv/.deps
+	$(BIN)/python tools/requirements.py docs > .venv/requirements-docs.txt
+	$(BIN)/python -m pip install -q -r .venv/requirements-docs.txt
+	@touch $@
+
+tour: .venv/.ext ## watch NumPy work on a file larger than the memory it may use
+	$(BIN)/python -m userfault tour $(TOUR)
+
+# The Python crate has no tests in Rust: what it does is tested from Python. Leaving it out also spares a
+# second build of PyO3, which is compiled differently for an extension module.
+test: .venv/.ext ## run every test, Rust's and then Python's
+	cargo test --release --workspace --exclude userfault-python
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.ext ## measure against floors and rivals; writes docs/reference/performance.md
+	$(BIN)/python -m benches $(ARGS)
+
+lint: .venv/.ext ## ruff, mypy, stubtest, rustfmt, clippy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest userfault._native
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+docs: .venv/.ext .venv/.docs ## build the documentation into docs/_build/html
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+soak: .venv/.ext ## the tests that want hours: make soak MINUTES=480
+	USERFAULT_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m soak $(ARGS)
+
+clean: ## remove everything that was built
+	rm -rf .venv target docs/_build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benches -name __pycache__ -prune -exec rm -rf {} +
+	rm -f src/userfault/_native*.so

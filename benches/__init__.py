@@ -1,0 +1,1 @@
+"""Measurements against floors and rivals in the same run. `make bench` runs them all."""

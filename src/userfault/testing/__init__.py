@@ -1,0 +1,1 @@
+"""Things for tests of programs that use userfault, and of userfault itself."""

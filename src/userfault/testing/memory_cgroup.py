@@ -60,6 +60,7 @@ class MemoryCgroup:
         self._restore: Path | None = None
         tried: list[str] = []
         for version, parent in _parents():
+            _sweep(parent)
             try:
                 self.path = self._make(version, parent)
             except OSError as error:
@@ -176,6 +177,15 @@ class MemoryCgroup:
             swap, amount = path / "memory.memsw.limit_in_bytes", self.limit
         if swap.exists():
             swap.write_text(str(amount))
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what a killed process left here: empty, and old enough not to be just in the making."""
+    for path in parent.glob("userfault-*"):
+        pid = path.name.split("-")[1]
+        with contextlib.suppress(OSError):
+            if not Path("/proc", pid).exists() and time.time() - path.stat().st_mtime > 60:
+                path.rmdir()
 
 
 def _parents() -> Iterator[tuple[int, Path]]:

@@ -1,0 +1,75 @@
+/* The floor under `fault="threads"`: memory whose missing pages a bare handler thread brings.
+ *
+ * One thread blocks in read(2) on the userfaultfd, answers with UFFDIO_COPY of a page that is hot in its cache,
+ * and does nothing else. No engine can be faster than this in the same placement of threads.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int uffd = -1;
+static long page;
+static void *hot;
+
+static void *handler(void *unused)
+{
+    (void)unused;
+    struct uffd_msg message;
+    while (read(uffd, &message, sizeof message) == sizeof message) {
+        struct uffdio_copy copy = {
+            .dst = message.arg.pagefault.address & ~(uint64_t)(page - 1),
+            .src = (uintptr_t)hot,
+            .len = page,
+        };
+        ioctl(uffd, UFFDIO_COPY, &copy);
+    }
+    return NULL;
+}
+
+/* Memory of `length` bytes, none of it present. 0 or an errno; the address goes to `*address`.
+ * `cpu` is where the handler runs, -1 for anywhere. */
+int handler_thread_map(size_t length, int cpu, void **address)
+{
+    page = sysconf(_SC_PAGESIZE);
+    uffd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+    if (uffd < 0)
+        return errno;
+    struct uffdio_api api = {.api = UFFD_API};
+    if (ioctl(uffd, UFFDIO_API, &api))
+        return errno;
+    char *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED)
+        return errno;
+    madvise(memory, length, MADV_NOHUGEPAGE);
+    hot = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (hot == MAP_FAILED)
+        return errno;
+    memset(hot, 7, page);
+    struct uffdio_register registration = {
+        .range = {.start = (uintptr_t)memory, .len = length},
+        .mode = UFFDIO_REGISTER_MODE_MISSING,
+    };
+    if (ioctl(uffd, UFFDIO_REGISTER, &registration))
+        return errno;
+    pthread_t thread;
+    int failed = pthread_create(&thread, NULL, handler, NULL);
+    if (failed)
+        return failed;
+    if (cpu >= 0) {
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(cpu, &one);
+        pthread_setaffinity_np(thread, sizeof one, &one);
+    }
+    *address = memory;
+    return 0;
+}

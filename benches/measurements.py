@@ -1,0 +1,277 @@
+"""What is measured, against what, and what the ratio has to be."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from benches.compare import Bar, Comparison, Contestant
+from benches.files import fresh, in_tmpfs, is_sorted, kept, on_disk
+from benches.memory import MIB
+
+GIB = 1 << 30
+
+
+def _sizes(*, length: int, limit: int, block: int) -> tuple[str, ...]:
+    return ("--length", str(length), "--limit", str(limit), "--block", str(block))
+
+
+def _memory(kind: str) -> tuple[str, ...]:
+    return ("--memory", kind)
+
+
+def _fault(placement: str, where: str) -> Comparison:
+    length = 64 * MIB
+    # The signal handler runs in the thread that touches: there is nothing to place.
+    inline = placement == "same-cpu"
+    return Comparison(
+        name=f"fault-{placement}",
+        title=f"One 4 KiB fault, {where}",
+        text=(
+            "Median time of a touch of an absent page, 16,384 pages in random order, nothing evicted. The "
+            "floor copies a hot page and does nothing else; userfault reads its store, a file in tmpfs, too."
+        ),
+        workload=("fault", "--placement", placement, *_sizes(length=length, limit=2 * length, block=4096)),
+        unit="us",
+        better="less",
+        contestants=(
+            Contestant("bare C handler thread", "floor", _memory("c-handler")),
+            *((Contestant("bare C signal handler", "floor", _memory("c-signal")),) if inline else ()),
+            Contestant("umap", "rival", _memory("umap")),
+            Contestant("userfault, threads", "subject", _memory("userfault:4KiB")),
+            *(
+                (Contestant("userfault, inline", "subject", _memory("userfault:4KiB,inline")),)
+                if inline
+                else ()
+            ),
+        ),
+        bars=(
+            Bar("userfault, threads", "bare C handler thread", 1.3),
+            Bar("userfault, threads", "bare C handler thread", 1.2, "goal"),
+            *((Bar("userfault, inline", "bare C signal handler", 1.3, "goal"),) if inline else ()),
+        ),
+        rounds=7,
+        file=partial(fresh, in_tmpfs(), length),
+    )
+
+
+def _resident(pages: str, access: str, unit: str, what: str) -> Comparison:
+    length = 256 * MIB
+    huge = pages == "2MiB"
+    # The region needs pages for the whole, and a few blocks of room beside it.
+    needed = length // (2 * MIB) + 16 if huge else 0
+    return Comparison(
+        name=f"resident-{pages}-{access}",
+        title=f"Resident memory, pages of {pages}: {what}",
+        text=(
+            "256 MiB that are all there, against a memfd of the same page size. The best of five passes is "
+            "one sample."
+        ),
+        workload=(
+            "resident",
+            "--access",
+            access,
+            *_sizes(length=length, limit=2 * length, block=2 * MIB if huge else 65536),
+        ),
+        unit=unit,
+        better="more",
+        contestants=(
+            Contestant(f"memfd, {pages}", "floor", _memory(f"memfd:{pages}"), huge_pages=needed),
+            Contestant(f"userfault, {pages}", "subject", _memory(f"userfault:{pages}"), huge_pages=needed),
+        ),
+        bars=(Bar(f"userfault, {pages}", f"memfd, {pages}", 0.98),),
+        rounds=7,
+        file=partial(fresh, in_tmpfs(), length),
+    )
+
+
+SORT = GIB
+SORT_LIMIT = 256 * MIB
+SORT_CGROUP = 288 * MIB
+
+
+def _sort(where: str, threads: int) -> Comparison:
+    folder = on_disk() if where == "disk" else in_tmpfs()
+    shared = ("--length", str(SORT), "--limit", str(SORT_LIMIT), "--threads", str(threads))
+    two = ("--block", str(2 * MIB))
+    pool = SORT_LIMIT // (2 * MIB) + 16
+    ours = (
+        Contestant(
+            "userfault, 2 MiB hugetlb", "subject", (*_memory("userfault:2MiB"), *two), huge_pages=pool
+        ),
+        Contestant("userfault, 2 MiB tmpfs", "subject", (*_memory("userfault:2MiB"), *two)),
+        Contestant("userfault, 4 KiB", "subject", (*_memory("userfault:4KiB"), "--block", str(MIB))),
+    )
+    mmap: tuple[Contestant, ...]
+    bars: tuple[Bar, ...]
+    umap = Contestant("umap, 1 MiB", "rival", (*_memory("umap"), "--block", str(MIB)))
+    if where == "disk":
+        mmap = (
+            Contestant("mmap", "rival", _memory("mmap"), cgroup=SORT_CGROUP),
+            Contestant("mmap, MADV_RANDOM", "rival", _memory("mmap:random"), cgroup=SORT_CGROUP),
+        )
+        bars = (
+            Bar("userfault, 2 MiB hugetlb", "mmap", 0.35),
+            Bar("userfault, 2 MiB tmpfs", "mmap", 0.35),
+            Bar("userfault, 2 MiB hugetlb", "mmap", 0.3, "goal"),
+            Bar("userfault, 2 MiB hugetlb", "mmap, MADV_RANDOM", 0.3, "goal"),
+        )
+        text = "mmap runs in a memory control group of 288 MiB; userfault has its own limit."
+    else:
+        # In tmpfs the kernel charges the file to whoever made it, so mmap cannot be bounded there.
+        mmap = ()
+        bars = (
+            Bar("userfault, 2 MiB hugetlb", "umap, 1 MiB", 0.65, "goal"),
+            Bar("userfault, 2 MiB tmpfs", "umap, 1 MiB", 0.75, "goal"),
+            Bar("userfault, 4 KiB", "umap, 1 MiB", 1.1, "goal"),
+        )
+        text = "Nothing waits for a disk: what is left is the work of paging."
+    return Comparison(
+        name=f"sort-{where}-{threads}",
+        title=f"Sort 1 GiB of uint64 through 256 MiB, file {'on disk' if where == 'disk' else 'in tmpfs'}, "
+        f"{threads} threads",
+        text=f"A parallel quicksort in C, in place, until the file is durable. {text}",
+        workload=("sort", *shared),
+        unit="s",
+        better="less",
+        contestants=(*mmap, umap, *ours),
+        bars=bars,
+        rounds=3,
+        file=partial(fresh, folder, SORT),
+        check=is_sorted,
+    )
+
+
+def _random_read(threads: int, write: bool) -> Comparison:
+    length, limit = 4 * GIB, GIB
+    mode = "read-write" if write else "read-only"
+    extra = ("--write",) if write else ()
+    count = ("--count", "40000")
+    few = ("--count", "1500")
+    ours = (
+        Contestant("userfault, threads", "subject", (*_memory("userfault:4KiB"), *count)),
+        Contestant("userfault, inline", "subject", (*_memory("userfault:4KiB,inline"), *count)),
+    )
+    return Comparison(
+        name=f"random-read-{threads}-{mode}",
+        title=f"Random 4 KiB reads of a cold 4 GiB file under 1 GiB, {threads} touching thread"
+        f"{'s' if threads > 1 else ''}, {mode}",
+        text=(
+            "Uniform, every byte of the page is read. mmap runs in a control group of 1 GiB. Its default "
+            "reads ahead as far as the disk is set to, and is given fewer reads."
+        ),
+        workload=(
+            "random-read",
+            *_sizes(length=length, limit=limit, block=4096),
+            "--threads",
+            str(threads),
+            *extra,
+        ),
+        unit="thousand/s",
+        better="more",
+        contestants=(
+            Contestant("mmap, MADV_RANDOM", "rival", (*_memory("mmap:random"), *count), cgroup=limit),
+            Contestant("numpy.memmap", "rival", (*_memory("mmap"), *few), cgroup=limit),
+            *ours,
+        ),
+        bars=(
+            Bar("userfault, threads", "mmap, MADV_RANDOM", 0.9, "goal"),
+            Bar("userfault, threads", "numpy.memmap", 100, "goal"),
+            *((Bar("userfault, threads", "userfault, inline", 0.8, "goal"),) if threads == 16 else ()),
+        ),
+        rounds=3,
+        file=partial(kept, on_disk(), length),
+    )
+
+
+def _zipf(layout: str) -> tuple[Comparison, Comparison]:
+    length, limit = 4 * GIB, 512 * MIB
+    workload = (*_sizes(length=length, limit=limit, block=4096), "--layout", layout)
+    many, few = ("--count", "400000"), ("--count", "60000")
+    how = "hot pages together" if layout == "together" else "hot pages scattered"
+    speed = Comparison(
+        name=f"zipf-{layout}",
+        title=f"Zipf 0.99 over 4 GiB under 512 MiB, 90 % reads, {how}",
+        text="Operations on 4 KiB pages at steady state. mmap runs in a control group of 512 MiB.",
+        workload=("zipf", *workload),
+        unit="thousand/s",
+        better="more",
+        contestants=(
+            Contestant("mmap", "rival", (*_memory("mmap"), *few), cgroup=limit),
+            Contestant("mmap, MADV_RANDOM", "rival", (*_memory("mmap:random"), *many), cgroup=limit),
+            Contestant("userfault, 4 KiB", "subject", (*_memory("userfault:4KiB"), *many)),
+        ),
+        bars=(
+            Bar("userfault, 4 KiB", "mmap", 1.0, "goal"),
+            Bar("userfault, 4 KiB", "mmap, MADV_RANDOM", 1.0, "goal"),
+        ),
+        rounds=3,
+        file=partial(kept, on_disk(), length),
+    )
+    misses = Comparison(
+        name=f"zipf-misses-{layout}",
+        title=f"The same, misses, {how}",
+        text="Of 1,000 operations, how many found their page absent. FIFO is simulated on the same.",
+        workload=("zipf-misses", *workload, "--count", "2000000"),
+        unit="misses",
+        better="less",
+        contestants=(
+            Contestant("FIFO", "rival", _memory("fifo")),
+            Contestant("userfault, 4 KiB", "subject", _memory("userfault:4KiB")),
+        ),
+        bars=(Bar("userfault, 4 KiB", "FIFO", 0.82 if layout == "together" else 0.90, "goal"),),
+        rounds=1,
+        file=partial(kept, on_disk(), length),
+    )
+    return speed, misses
+
+
+def _sum() -> Comparison:
+    length, limit = 2 * GIB, 256 * MIB
+    pool = limit // (2 * MIB) + 16
+    two = ("--block", str(2 * MIB))
+    rivals = {
+        "numpy.memmap": Contestant("numpy.memmap", "rival", _memory("mmap"), cgroup=limit),
+        "numpy.fromfile in chunks": Contestant("numpy.fromfile in chunks", "rival", _memory("fromfile")),
+        "readinto in chunks": Contestant("readinto in chunks", "rival", _memory("readinto")),
+    }
+    subjects = (
+        Contestant(
+            "userfault, 2 MiB hugetlb", "subject", (*_memory("userfault:2MiB"), *two), huge_pages=pool
+        ),
+        Contestant("userfault, 2 MiB tmpfs", "subject", (*_memory("userfault:2MiB"), *two)),
+    )
+    return Comparison(
+        name="sum",
+        title="Sum of a cold file eight times the limit",
+        text="2 GiB on disk under 256 MiB, read once from front to back. Chunks are of 16 MiB.",
+        workload=("sum", "--length", str(length), "--limit", str(limit)),
+        unit="GB/s",
+        better="more",
+        contestants=(*rivals.values(), *subjects),
+        bars=tuple(Bar("userfault, 2 MiB hugetlb", name, 1.0, "goal") for name in rivals),
+        rounds=3,
+        file=partial(kept, on_disk(), length),
+    )
+
+
+COMPARISONS: tuple[Comparison, ...] = (
+    _fault("same-cpu", "handler on the same CPU"),
+    _fault("other-cpu", "handler on another CPU"),
+    *(
+        _resident(pages, access, unit, what)
+        for pages in ("4KiB", "2MiB")
+        for access, unit, what in (
+            ("read", "GB/s", "reading in sequence"),
+            ("write", "GB/s", "writing in sequence"),
+            ("random", "million/s", "reading at random"),
+        )
+    ),
+    _sort("disk", 2),
+    _sort("disk", 128),
+    _sort("tmpfs", 2),
+    _sort("tmpfs", 128),
+    *(_random_read(threads, write) for threads in (1, 16) for write in (False, True)),
+    *_zipf("together"),
+    *_zipf("scattered"),
+    _sum(),
+)

@@ -356,6 +356,11 @@ structs! {
         flags: u64,
         /// Where.
         address: u64,
+        /// What a feature adds.
+        feat: uffd_msg_feat,
+    }
+    /// What a feature adds to a fault message.
+    struct uffd_msg_feat {
         /// The touching thread, with UFFD_FEATURE_THREAD_ID; else 0.
         ptid: u32,
     }
@@ -445,7 +450,7 @@ pub const MESSAGE_LAYOUT: Layout = Layout {
         ),
         (
             "arg.pagefault.feat.ptid",
-            ARG + offset_of!(uffd_msg_pagefault, ptid),
+            ARG + offset_of!(uffd_msg_pagefault, feat),
             4,
         ),
         ("arg.fork.ufd", ARG + offset_of!(uffd_msg_fork, ufd), 4),

@@ -71,7 +71,7 @@ impl Message {
                     Message::Pagefault {
                         flags: fault.flags,
                         address: fault.address as usize,
-                        ptid: fault.ptid,
+                        ptid: fault.feat.ptid,
                     }
                 }
                 UFFD_EVENT_FORK => Message::Fork {

@@ -71,6 +71,11 @@ impl Pagemap {
         })
     }
 
+    /// The base page size in bytes.
+    pub fn page(&self) -> usize {
+        self.page
+    }
+
     /// Reads the entries of the pages from `start` (an address) on into `entries`, one for each page of
     /// the base size. The number read is smaller at the end of the address space.
     pub fn read(&self, start: usize, entries: &mut [Entry]) -> io::Result<usize> {

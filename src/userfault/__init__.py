@@ -1,23 +1,76 @@
-"""User-space paging for Python, on Linux userfaultfd."""
+"""User-space paging for Python, on Linux userfaultfd.
+
+Names are loaded when they are first used, so that importing the package works on every platform; on one
+that cannot page, the first use says what is missing.
+"""
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from userfault._native import FileStore, MemoryStore, Store, ZeroStore
+    from userfault.errors import CorruptError, Error, InUseError, PoisonedError, StoreError
     from userfault.userfaultfd import Userfaultfd
 
+__version__ = "0.1.0"
+
 _HOMES = {
+    "CorruptError": "userfault.errors",
+    "Error": "userfault.errors",
+    "FileStore": "userfault._native",
+    "InUseError": "userfault.errors",
+    "MemoryStore": "userfault._native",
+    "PoisonedError": "userfault.errors",
+    "Store": "userfault._native",
+    "StoreError": "userfault.errors",
     "Userfaultfd": "userfault.userfaultfd",
+    "ZeroStore": "userfault._native",
 }
 
-__all__ = ["Userfaultfd"]
+__all__ = [
+    "CorruptError",
+    "Error",
+    "FileStore",
+    "InUseError",
+    "MemoryStore",
+    "PoisonedError",
+    "Store",
+    "StoreError",
+    "Userfaultfd",
+    "ZeroStore",
+]
 
 
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'userfault' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(home), name)
+    try:
+        value: object = getattr(import_module(home), name)
+    except ImportError as error:
+        if error.name not in ("userfault._native", "numpy"):
+            raise
+        raise ImportError(_what_is_missing(name, error.name), name=error.name) from error
+    globals()[name] = value
     return value
+
+
+def _what_is_missing(name: str, module: str) -> str:
+    if module == "numpy":
+        return f"userfault.{name} needs NumPy, which is not installed: pip install numpy"
+    if sys.platform != "linux":
+        return (
+            f"userfault.{name} needs Linux 5.19 or newer: this is {sys.platform}, which has no userfaultfd. "
+            "userfault.abi works here."
+        )
+    return (
+        f"userfault.{name} needs the compiled part of the package ({module}), which is not installed: "
+        "build it with `pip install -e .` in the repository (it needs cargo)."
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,8 +1,62 @@
-from typing import Literal, Self, final
+import os
+from collections.abc import Sequence
+from typing import Literal, Self, SupportsIndex, TypeAlias, final
+
+from _typeshed import ReadableBuffer
+from typing_extensions import disjoint_base
+
+__all__ = ["FaultyStore", "FileStore", "MemoryStore", "Store", "ZeroStore", "__version__"]
+
+__version__: str
+
+_PlanLine: TypeAlias = tuple[str, str, int, float, int | None, int, int | None, int, int | None]
+
+@disjoint_base
+class Store:
+    @property
+    def name(self) -> str: ...
+    @property
+    def writable(self) -> bool: ...
+    def __len__(self) -> int: ...
+    def read(self, offset: int, length: int) -> bytes: ...
+    def write(self, offset: int, data: ReadableBuffer) -> None: ...
+    def punch(self, offset: int, length: int) -> None: ...
+    def sync(self) -> None: ...
+
+@final
+class FileStore(Store):
+    def __new__(
+        cls,
+        path: str | os.PathLike[str],
+        mode: str = "r",
+        *,
+        length: int | None = None,
+        locking: bool | None = None,
+        direct: bool = True,
+    ) -> FileStore: ...
+    @property
+    def path(self) -> os.PathLike[str]: ...
+
+@final
+class MemoryStore(Store):
+    def __new__(cls, contents: SupportsIndex | ReadableBuffer, /) -> MemoryStore: ...
+    def getvalue(self) -> bytes: ...
+
+@final
+class ZeroStore(Store):
+    def __new__(cls, length: int) -> ZeroStore: ...
+
+@disjoint_base
+class FaultyStore(Store):
+    def __new__(cls, store: Store, plan: Sequence[_PlanLine]) -> FaultyStore: ...
+    @property
+    def hung(self) -> int: ...
+    def set_plan(self, plan: Sequence[_PlanLine]) -> None: ...
+    def release(self) -> int: ...
+    def finished_calls(self) -> list[tuple[str, int, int, int]]: ...
 
 __all__ = ["Userfaultfd", "__version__", "abi_table", "offered_features", "pagemap_scan"]
 
-__version__: str
 
 @final
 class Userfaultfd:

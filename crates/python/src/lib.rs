@@ -1,13 +1,27 @@
 //! The only crate that knows Python: it converts, it never decides.
-
-mod userfaultfd;
+//!
+//! One file for each class. Whatever may wait runs with the interpreter detached, so that other threads of
+//! Python go on; errors become exceptions in `errors.rs` alone.
 
 use pyo3::prelude::*;
+
+mod errors;
+mod faulty_store;
+mod file_store;
+mod memory_store;
+mod store;
+mod userfaultfd;
+mod zero_store;
 
 /// The compiled part of `userfault`.
 #[pymodule]
 fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add_class::<store::Store>()?;
+    m.add_class::<file_store::FileStore>()?;
+    m.add_class::<memory_store::MemoryStore>()?;
+    m.add_class::<zero_store::ZeroStore>()?;
+    m.add_class::<faulty_store::FaultyStore>()?;
     m.add_class::<userfaultfd::Userfaultfd>()?;
     m.add_function(wrap_pyfunction!(userfaultfd::pagemap_scan, m)?)?;
     m.add_function(wrap_pyfunction!(userfaultfd::offered_features, m)?)?;

@@ -4,7 +4,34 @@
 //! pages back to it; it never asks a store anything else. Imports point down only: this crate knows
 //! nothing of blocks, faults or regions.
 
+//!
+//! | store | its bytes |
+//! |---|---|
+//! | [`FileStore`] | a local file or block device, of any length |
+//! | [`MemoryStore`] | a vector of this process, for tests and examples |
+//! | [`ZeroStore`] | zeros, as /dev/zero has them |
+//! | [`FaultyStore`] | another store's, spoiled by plan: it fails, delays, shortens and hangs |
+//!
+//! Lock order: a store's own locks are leaves. No store calls back, and none holds a lock during I/O.
+
 use std::io;
+
+mod direct;
+mod faulty;
+mod file;
+mod lock;
+mod memory;
+mod pagecache;
+mod plan;
+mod writeback;
+mod zero;
+
+pub use faulty::{CallRecord, FaultyStore};
+pub use file::{FileMode, FileOptions, FileStore, OpenError};
+pub use lock::Locking;
+pub use memory::MemoryStore;
+pub use plan::{Action, Call, Rule};
+pub use zero::ZeroStore;
 
 /// The home of a region's bytes.
 ///
@@ -15,6 +42,7 @@ use std::io;
 ///   poisoned, as the region's policy says.
 /// * a failed or short write: the pages stay dirty in memory and are written again later, whole.
 ///   A store must report a short write as an error; the engine assumes nothing about what was stored.
+/// * an error that carries no errno counts as `EIO`; its text goes into the message.
 /// * a call that never returns: its buffer is not reused until it does.
 pub trait Store: Send + Sync {
     /// Fills `buf` with the bytes at `offset`. Bytes past the end of the store read as zero.
@@ -25,13 +53,17 @@ pub trait Store: Send + Sync {
         Ok(false)
     }
 
-    /// Writes all of `data` at `offset`. The engine never writes past [`Store::len`].
+    /// Writes all of `data` at `offset`. The engine never writes past [`Store::len`]; a store refuses it
+    /// (`ENOSPC`) and never grows.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 
     /// Gives back the space of a range, which reads as zeros afterwards.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
 
     /// Returns when everything written before is durable.
+    ///
+    /// After an error nobody can say which of the writes since the last successful call are stored: the
+    /// kernel forgets the pages that it could not write. They have to be written again.
     fn sync(&self) -> io::Result<()>;
 
     /// Length in bytes.

@@ -1,0 +1,114 @@
+//! Errors of the crates below as Python's exceptions.
+
+use std::io;
+use std::path::Path;
+
+use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyType;
+use userfault_store::OpenError;
+
+/// A class of `userfault.errors`, which is Python's own file: its docstrings are read there.
+fn class<'py>(
+    py: Python<'py>,
+    cell: &'static PyOnceLock<Py<PyType>>,
+    name: &str,
+) -> PyResult<Bound<'py, PyType>> {
+    cell.import(py, "userfault.errors", name).cloned()
+}
+
+/// An exception of `userfault.errors`; if that cannot be had, the reason why.
+fn raise(
+    py: Python<'_>,
+    cell: &'static PyOnceLock<Py<PyType>>,
+    name: &str,
+    arguments: impl FnOnce(Bound<'_, PyType>) -> PyResult<Bound<'_, PyAny>>,
+) -> PyErr {
+    match class(py, cell, name).and_then(arguments) {
+        Ok(value) => PyErr::from_value(value),
+        Err(error) => error,
+    }
+}
+
+/// A store's failure as `userfault.StoreError`.
+pub fn store_error(
+    py: Python<'_>,
+    store: &str,
+    what: &str,
+    (offset, len): (u64, u64),
+    errno: i32,
+    message: &str,
+) -> PyErr {
+    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    raise(py, &CLASS, "StoreError", |class| {
+        let value = class.call1((errno, message, store))?;
+        value.setattr("what", what)?;
+        value.setattr("offset", offset)?;
+        value.setattr("length", len)?;
+        Ok(value)
+    })
+}
+
+/// An I/O error of one call on a store as `userfault.StoreError`.
+pub fn io_error(
+    py: Python<'_>,
+    store: &str,
+    what: &str,
+    range: (u64, u64),
+    error: &io::Error,
+) -> PyErr {
+    let (offset, len) = range;
+    let message = match what {
+        "sync" => format!("sync failed: {error}"),
+        _ => format!("{what} of {len} bytes at {offset} failed: {error}"),
+    };
+    // A store's own error, such as that of a truncated file, has a text and no number.
+    store_error(
+        py,
+        store,
+        what,
+        range,
+        error.raw_os_error().unwrap_or(libc::EIO),
+        &message,
+    )
+}
+
+/// A file that cannot be opened: `userfault.InUseError`, or the OSError that open() would raise.
+pub fn open_error(py: Python<'_>, error: &OpenError) -> PyErr {
+    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    match error {
+        OpenError::InUse { path, .. } => raise(py, &CLASS, "InUseError", |class| {
+            class.call1((libc::EAGAIN, error.to_string(), path.as_os_str()))
+        }),
+        OpenError::Kind { path } if path.is_dir() => {
+            os_error(libc::EISDIR, "Is a directory", Some(path))
+        }
+        OpenError::Kind { .. } => PyValueError::new_err(error.to_string()),
+        OpenError::Io {
+            path,
+            call,
+            error: cause,
+        } => {
+            let errno = cause.raw_os_error().unwrap_or(libc::EIO);
+            let text = match *call {
+                "open" => io::Error::from_raw_os_error(errno).to_string(),
+                _ => error.to_string(),
+            };
+            // Rust adds "(os error 2)", which Python says in its own way.
+            let text = text
+                .strip_suffix(&format!(" (os error {errno})"))
+                .unwrap_or(&text)
+                .to_owned();
+            os_error(errno, &text, Some(path))
+        }
+    }
+}
+
+/// An OSError; Python picks its subclass by the number.
+pub fn os_error(errno: i32, text: &str, path: Option<&Path>) -> PyErr {
+    match path {
+        Some(path) => PyOSError::new_err((errno, text.to_owned(), path.as_os_str().to_owned())),
+        None => PyOSError::new_err((errno, text.to_owned())),
+    }
+}

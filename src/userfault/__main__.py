@@ -1,0 +1,46 @@
+"""The command line: ``userfault ...`` or ``python -m userfault ...``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="User-space paging for Python, on Linux userfaultfd.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _program() -> None:
+    """Keeps ``userfault doctor`` a sub-command, however many there are."""
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a page.")] = False,
+) -> None:
+    """Say what this machine allows, why something is missing, and the command that mends it.
+
+    The exit status is 0 if regions work here, else 1.
+    """
+    from userfault.doctor import examine, usable
+    from userfault.doctor.report import as_json as json_of
+    from userfault.doctor.report import as_text
+
+    findings = examine()
+    typer.echo(json_of(findings) if as_json else as_text(findings))
+    if not usable(findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name="userfault")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,133 @@
-//! Fault loop, block table, residency, drain and resolvers.
+//! Fault loop, block table, residency, write-back: the engine of user-space paging.
+//!
+//! ```text
+//!   fault source  ->  engine (loop, block table, scheduler)  ->  resolver
+//!   a userfaultfd     one owner of "where is this block now"     what a missing or minor fault means
+//! ```
+//!
+//! | file | concept |
+//! |---|---|
+//! | `block` | the states of a block and the answers to faults, as pure functions |
+//! | `table`, `dirty` | where every block of a region is, and which pages differ from their home |
+//! | `workers`, `fill` | threads that read messages; what a fault means; bringing blocks in |
+//! | `pool`, `room`, `limit` | who is in memory, under which limit, who leaves next |
+//! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
+//! | `clock`, `poison` | deadlines, and blocks that could not be had |
+//! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
+//! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
+//! | `fork`, `signals` | what a child gets; threads without signals |
+//!
+//! # Locks
+//! A region's table (`Body::lock`), then a pool's state. The registries, the queue of the workers, the
+//! clock's list and the drain's bell are leaves. Nothing is locked while a store is called, a fault can
+//! happen, or a block is waited for. A handler never touches memory that it serves.
+//!
+//! # Promises
+//! * A page is not seen before it is whole.
+//! * No CPU write is lost: what is not proved clean is dirty, a failed write-back keeps its data.
+//! * A block has one owner at a time; whatever happens to it, its sleepers are woken at the end.
+//! * Every open fault has a deadline, after which its toucher gets SIGBUS and the cause is told.
+//! * Fail-stop: memory that is no longer served cannot be touched; it never reads as zeros.
+
+mod access;
+pub mod block;
+mod body;
+mod clean;
+mod clock;
+pub mod dirty;
+mod drain;
+mod engine;
+mod error;
+mod evict;
+mod fill;
+mod fork;
+mod huge_tmpfs;
+mod kernel;
+mod leak;
+pub mod limit;
+mod memory;
+mod pin;
+mod poison;
+pub mod pool;
+mod prefetch;
+mod raw_read;
+mod region;
+mod room;
+mod say;
+mod signals;
+mod staging;
+mod stats;
+mod table;
+mod workers;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use error::Error;
+pub use fork::generation;
+pub use memory::hugetlb_free;
+pub use pin::Pin;
+pub use prefetch::PrefetchTicket;
+pub use region::{Region, set_memory_limit, stats};
+pub use stats::Stats;
+pub use table::BlockError;
+use userfault_store::Store;
+
+/// What may be done with the memory of a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only.
+    ReadOnly,
+    /// Reading and writing; what is written goes to the store.
+    ReadWrite,
+}
+
+/// Which pages a region lives on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// 2 MiB for blocks of that size and more, where the machine has them; else small ones.
+    Auto,
+    /// The kernel's small pages.
+    Small,
+    /// 2 MiB.
+    Huge,
+}
+
+/// What happens when a block cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnError {
+    /// Retry for remote stores, poison for others.
+    Auto,
+    /// Try again until `retry_for` is over, then poison.
+    Retry,
+    /// Poison at the first error.
+    Poison,
+}
+
+/// What a region should be.
+#[derive(Debug, Clone)]
+pub struct RegionOptions {
+    /// For messages.
+    pub name: String,
+    /// Read-only or not.
+    pub access: Access,
+    /// Where the region begins in the store, bytes.
+    pub offset: u64,
+    /// Bytes, at least 1. The mapping is rounded up to a page; the tail reads as zeros and is not stored.
+    pub len: u64,
+    /// Bytes of a block, a power of two; `None` chooses.
+    pub block: Option<usize>,
+    /// Which pages.
+    pub pages: Pages,
+    /// A limit for this region alone, bytes.
+    pub memory_limit: Option<u64>,
+    /// What a failed read means.
+    pub on_error: OnError,
+    /// How long a read may take or be tried again.
+    pub retry_for: Duration,
+}
+
+/// Opens a part of `store` as memory.
+pub fn open(store: Arc<dyn Store>, options: RegionOptions) -> Result<Arc<Region>, Error> {
+    Region::open(store, options)
+}

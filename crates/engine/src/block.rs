@@ -1,0 +1,217 @@
+//! The life of a block, as pure functions of its state and an event.
+//!
+//! ```text
+//!            fault            read done, mapped
+//!   Absent --------> Filling -------------------> Resident <-----------------+
+//!     ^                 | failed for good            |   ^                    |
+//!     |                 v                     evict  |   | minor fault:       |
+//!     |             Poisoning                        v   | Filling again      |
+//!     |                 |                        Evicting -----> Resting -----+
+//!     |                 v                                  zapped,    |
+//!     |              Poisoned                              in memory  | evict: write back,
+//!     |                 | heal: Filling                               v punch
+//!     +-----------------+------------------------------------- Evicting
+//!
+//!   Resident or Resting --> Cleaning (write-back)            --> as before
+//!   Absent, Resident or Resting --> Writing (pread, pwrite)  --> as before, or Resting
+//! ```
+//!
+//! Filling, Evicting, Cleaning, Writing and Poisoning are exclusive: the block has one owner, a fault
+//! on it waits, and only the owner maps it and wakes it at the end. Nothing here touches memory or the
+//! kernel, so every rule can be tested, and explored, without either.
+
+/// Where a block is, or what its owner is doing to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum State {
+    /// Only in its store.
+    Absent = 0,
+    /// Mapped: touching it costs nothing.
+    Resident = 1,
+    /// In memory, but unmapped: a minor fault brings it back.
+    Resting = 2,
+    /// Not to be had; a touch is SIGBUS.
+    Poisoned = 3,
+    /// Being read, or being mapped again.
+    Filling = 4,
+    /// Being unmapped, or being released from memory.
+    Evicting = 5,
+    /// Being written back.
+    Cleaning = 6,
+    /// Being read or written through the view.
+    Writing = 7,
+    /// Being poisoned.
+    Poisoning = 8,
+}
+
+impl State {
+    /// All states, in the order of their numbers.
+    pub const ALL: [State; 9] = [
+        State::Absent,
+        State::Resident,
+        State::Resting,
+        State::Poisoned,
+        State::Filling,
+        State::Evicting,
+        State::Cleaning,
+        State::Writing,
+        State::Poisoning,
+    ];
+
+    /// The state with this number.
+    pub fn from_number(number: u8) -> State {
+        State::ALL[number as usize]
+    }
+
+    /// True while somebody owns the block.
+    pub fn exclusive(self) -> bool {
+        self as u8 >= State::Filling as u8
+    }
+}
+
+/// Why somebody wants to own a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Bring an absent block into memory and map it.
+    Fill,
+    /// Map a resting block again.
+    Map,
+    /// Put back pages of a resident block that somebody else threw away.
+    Refill,
+    /// Unmap a resident block, or release a resting one.
+    Evict,
+    /// Write back a block that is in memory.
+    Clean,
+    /// Read or write through the view.
+    Write,
+    /// Try a poisoned block again.
+    Heal,
+}
+
+/// The exclusive state that `purpose` leads to from `state`, or `None` if it does not apply there.
+pub fn claim(state: State, purpose: Purpose) -> Option<State> {
+    use State::{Absent, Cleaning, Evicting, Filling, Poisoned, Resident, Resting, Writing};
+    match (purpose, state) {
+        (Purpose::Fill, Absent) => Some(Filling),
+        (Purpose::Map, Resting) => Some(Filling),
+        (Purpose::Refill, Resident) => Some(Filling),
+        (Purpose::Heal, Poisoned) => Some(Filling),
+        (Purpose::Evict, Resident | Resting) => Some(Evicting),
+        (Purpose::Clean, Resident | Resting) => Some(Cleaning),
+        (Purpose::Write, Absent | Resident | Resting) => Some(Writing),
+        _ => None,
+    }
+}
+
+/// What the kernel reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing is mapped and nothing is cached.
+    Missing,
+    /// The page is cached, but not mapped.
+    Minor,
+    /// A write to a protected page.
+    WriteProtect,
+}
+
+/// What a fault asks of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// The block has an owner, who wakes the toucher at the end.
+    Wait,
+    /// Read the block from its store.
+    Fill,
+    /// The block was only resting: map it.
+    Map,
+    /// Somebody else unmapped a mapped block: its evidence is gone, so it is dirty; map it.
+    MapDirty,
+    /// Somebody else threw the page away: read that page again.
+    Refill,
+    /// The poison was lifted behind our back: put it there again.
+    Poison,
+    /// The message is stale: the page is there.
+    Wake,
+    /// Lift the protection; the page is dirty.
+    Unprotect,
+}
+
+/// Answers a fault. `present` says whether the page is mapped now; it is asked only where it matters.
+///
+/// A minor fault on an absent block means fill, never map: what is cached there is stale.
+pub fn answer(state: State, fault: Fault, present: impl FnOnce() -> bool) -> Answer {
+    match state {
+        State::Filling | State::Evicting | State::Cleaning | State::Writing | State::Poisoning => Answer::Wait,
+        State::Absent => Answer::Fill,
+        State::Poisoned => Answer::Poison,
+        State::Resting => Answer::Map,
+        State::Resident => match fault {
+            Fault::WriteProtect => Answer::Unprotect,
+            _ if present() => Answer::Wake,
+            Fault::Minor => Answer::MapDirty,
+            Fault::Missing => Answer::Refill,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PURPOSES: [Purpose; 7] = [
+        Purpose::Fill,
+        Purpose::Map,
+        Purpose::Refill,
+        Purpose::Evict,
+        Purpose::Clean,
+        Purpose::Write,
+        Purpose::Heal,
+    ];
+    const FAULTS: [Fault; 3] = [Fault::Missing, Fault::Minor, Fault::WriteProtect];
+
+    #[test]
+    fn numbers_round_trip() {
+        for state in State::ALL {
+            assert_eq!(State::from_number(state as u8), state);
+        }
+    }
+
+    #[test]
+    fn an_owned_block_is_never_claimed_and_its_faults_wait() {
+        for state in State::ALL.into_iter().filter(|state| state.exclusive()) {
+            for purpose in PURPOSES {
+                assert_eq!(claim(state, purpose), None);
+            }
+            for fault in FAULTS {
+                for present in [false, true] {
+                    assert_eq!(answer(state, fault, || present), Answer::Wait);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_claim_is_exclusive() {
+        for state in State::ALL {
+            for purpose in PURPOSES {
+                if let Some(next) = claim(state, purpose) {
+                    assert!(!state.exclusive() && next.exclusive());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn an_absent_block_is_filled_whatever_the_kernel_calls_the_fault() {
+        for fault in FAULTS {
+            assert_eq!(answer(State::Absent, fault, || true), Answer::Fill);
+        }
+    }
+
+    #[test]
+    fn a_resident_page_that_vanished_is_dirty_unless_the_message_is_stale() {
+        assert_eq!(answer(State::Resident, Fault::Minor, || false), Answer::MapDirty);
+        assert_eq!(answer(State::Resident, Fault::Minor, || true), Answer::Wake);
+        assert_eq!(answer(State::Resident, Fault::Missing, || true), Answer::Wake);
+        assert_eq!(answer(State::Resident, Fault::Missing, || false), Answer::Refill);
+    }
+}

@@ -1,0 +1,211 @@
+//! A region as the engine sees it: memory, block table, home, and the pool that pays for it.
+//!
+//! [`crate::Region`] is the handle that users hold; faults, the drain and open tickets hold bodies.
+//! Lock order: `table`, then the pool's lock. No I/O while `table` is held.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use userfault_store::Store;
+
+use crate::block::State;
+use crate::error::Error;
+use crate::memory::Memory;
+use crate::pool::{Pool, Seat};
+use crate::stats::Counters;
+use crate::table::Table;
+use crate::{Access, OnError, fork};
+
+/// Blocks up to this size on small pages are read into a buffer and put in place by UFFDIO_COPY, which
+/// is faster there than reading into the view; larger ones are read into the view. Bytes.
+pub(crate) const COPY_LIMIT: usize = 1 << 20;
+
+/// The served part of a region.
+#[derive(Debug)]
+pub(crate) struct Body {
+    pub(crate) id: u32,
+    pub(crate) generation: u32,
+    pub(crate) name: String,
+    pub(crate) access: Access,
+    pub(crate) on_error: OnError,
+    pub(crate) retry_for: Duration,
+    pub(crate) store: StoreBox,
+    /// Where the region begins in its store, bytes.
+    pub(crate) store_offset: u64,
+    /// Bytes asked for; the mapping may be longer.
+    pub(crate) len: usize,
+    pub(crate) memory: Memory,
+    pub(crate) block: usize,
+    /// The region's own pool, if it has a limit of its own.
+    pub(crate) own_pool: Option<Arc<Pool>>,
+    table: Mutex<Table>,
+    changed: Condvar,
+    pub(crate) counters: Counters,
+}
+
+/// A store, with a name to print.
+pub(crate) struct StoreBox(pub(crate) Arc<dyn Store>);
+
+impl std::fmt::Debug for StoreBox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.name())
+    }
+}
+
+/// What a body is made from.
+pub(crate) struct Plan {
+    pub(crate) id: u32,
+    pub(crate) name: String,
+    pub(crate) access: Access,
+    pub(crate) on_error: OnError,
+    pub(crate) retry_for: Duration,
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) store_offset: u64,
+    pub(crate) len: usize,
+    pub(crate) memory: Memory,
+    pub(crate) block: usize,
+    pub(crate) own_pool: Option<Arc<Pool>>,
+}
+
+impl Body {
+    pub(crate) fn new(plan: Plan) -> Body {
+        let blocks = plan.memory.len().div_ceil(plan.block);
+        let pages = if plan.access == Access::ReadWrite { plan.memory.len() / plan.memory.page() } else { 0 };
+        Body {
+            id: plan.id,
+            generation: fork::generation(),
+            name: plan.name,
+            access: plan.access,
+            on_error: plan.on_error,
+            retry_for: plan.retry_for,
+            store: StoreBox(plan.store),
+            store_offset: plan.store_offset,
+            len: plan.len,
+            memory: plan.memory,
+            block: plan.block,
+            own_pool: plan.own_pool,
+            table: Mutex::new(Table::new(blocks, pages)),
+            changed: Condvar::new(),
+            counters: Counters::new(),
+        }
+    }
+
+    pub(crate) fn writable(&self) -> bool {
+        self.access == Access::ReadWrite
+    }
+
+    /// True if blocks are read into a buffer and copied into place.
+    pub(crate) fn by_copy(&self) -> bool {
+        !self.memory.huge() && self.block <= COPY_LIMIT
+    }
+
+    pub(crate) fn seat(&self, block: u32) -> Seat {
+        Seat { region: self.id, block }
+    }
+
+    /// Offset of a block in the region, bytes.
+    pub(crate) fn start(&self, block: u32) -> usize {
+        block as usize * self.block
+    }
+
+    /// Mapped length of a block, bytes: the last one may be shorter.
+    pub(crate) fn block_len(&self, block: u32) -> usize {
+        self.block.min(self.memory.len() - self.start(block))
+    }
+
+    /// Address of a block in the user's mapping.
+    pub(crate) fn address(&self, block: u32) -> usize {
+        self.memory.main() + self.start(block)
+    }
+
+    /// The pages of a block.
+    pub(crate) fn pages(&self, block: u32) -> Range<usize> {
+        let start = self.start(block) / self.memory.page();
+        start..start + self.block_len(block) / self.memory.page()
+    }
+
+    /// The blocks that `len` bytes at `offset` touch.
+    pub(crate) fn blocks(&self, offset: u64, len: u64) -> Range<u32> {
+        if len == 0 {
+            return 0..0;
+        }
+        let first = offset / self.block as u64;
+        let last = (offset + len - 1) / self.block as u64;
+        first as u32..last as u32 + 1
+    }
+
+    /// The part of `len` bytes at `start` that the store has: the tail of the mapping is not in it.
+    pub(crate) fn stored(&self, start: usize, len: usize) -> usize {
+        len.min(self.len.saturating_sub(start))
+    }
+
+    /// Number of blocks.
+    pub(crate) fn all_blocks(&self) -> u32 {
+        self.memory.len().div_ceil(self.block) as u32
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock()
+    }
+
+    /// Sleeps until some block changes state, at most `at_most`.
+    pub(crate) fn sleep(&self, table: &mut MutexGuard<'_, Table>, at_most: Duration) {
+        table.sleepers += 1;
+        self.changed.wait_for(table, at_most);
+        table.sleepers -= 1;
+    }
+
+    /// Ends ownership of a block. True if a toucher waits and must be woken.
+    pub(crate) fn release(&self, table: &mut Table, block: u32, state: State) -> bool {
+        let waited = table.release(block, state);
+        if table.sleepers > 0 {
+            self.changed.notify_all();
+        }
+        waited
+    }
+
+    /// Reads a block's bytes from the store; the tail beyond the region is zeroed.
+    pub(crate) fn read_store(&self, start: usize, into: &mut [u8], now: bool) -> std::io::Result<bool> {
+        let stored = self.stored(start, into.len());
+        let (bytes, tail) = into.split_at_mut(stored);
+        let offset = self.store_offset + start as u64;
+        let read = if now {
+            self.store.0.read_now(offset, bytes)?
+        } else {
+            self.store.0.read(offset, bytes)?;
+            true
+        };
+        if read {
+            tail.fill(0);
+            crate::stats::add(&self.counters.bytes_read, stored as u64);
+        }
+        Ok(read)
+    }
+
+    /// Writes bytes to the store; what lies beyond the region is left out.
+    pub(crate) fn write_store(&self, start: usize, bytes: &[u8]) -> Result<(), Error> {
+        let bytes = &bytes[..self.stored(start, bytes.len())];
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let offset = self.store_offset + start as u64;
+        match self.store.0.write(offset, bytes) {
+            Ok(()) => {
+                crate::stats::add(&self.counters.bytes_written, bytes.len() as u64);
+                Ok(())
+            }
+            Err(error) => Err(Error::store(&*self.store.0, "write", offset, bytes.len() as u64, &error)),
+        }
+    }
+
+    /// True if a failed read is tried again.
+    pub(crate) fn retries(&self) -> bool {
+        match self.on_error {
+            OnError::Auto => self.store.0.remote(),
+            OnError::Retry => true,
+            OnError::Poison => false,
+        }
+    }
+}

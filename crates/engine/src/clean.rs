@@ -1,0 +1,164 @@
+//! Write-back: dirty pages go home.
+//!
+//! Neighbouring blocks are cleaned together. They are held in state Cleaning from before the scan to
+//! after the write, so that no older bytes can overtake newer ones on their way to the store; the program
+//! goes on touching what is mapped. The dirty bits are taken out first and the scan's harvest is put in,
+//! then the bits are read: what is written meanwhile sets new bits or is found by the next scan, and an
+//! error puts the bits back. Bytes are copied before they are written: the program may change them while
+//! a store computes a checksum.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use crate::block::{Purpose, State};
+use crate::body::Body;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::kernel::record;
+use crate::staging;
+use crate::stats::add;
+
+/// Blocks that are cleaned together, bytes.
+const TOGETHER: usize = 1 << 20;
+
+/// Which blocks are worth a write now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// Everything in memory: a flush.
+    All,
+    /// What rests and is dirty: it will not change any more before it leaves.
+    Resting,
+}
+
+/// Cleans the blocks of `blocks`, in order. Stops at the first error, which is kept for the next flush
+/// as well; everything stays dirty that was not written.
+pub(crate) fn clean(engine: &Engine, body: &Body, blocks: Range<u32>, which: Which) -> Result<(), Error> {
+    let mut next = blocks.start;
+    while next < blocks.end {
+        let held = hold(body, next..blocks.end, which);
+        let Some(last) = held.last() else { return Ok(()) };
+        next = last.block + 1;
+        write_back(engine, body, &held)?;
+    }
+    Ok(())
+}
+
+struct Held {
+    block: u32,
+    mapped: bool,
+}
+
+/// Claims the next run of neighbouring blocks that may be dirty.
+fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
+    let mut held: Vec<Held> = Vec::new();
+    let mut table = body.lock();
+    let mut block = blocks.start;
+    while block < blocks.end && held.len() * body.block < TOGETHER.max(body.block) {
+        let state = table.state(block);
+        let wanted = match state {
+            State::Resident => which == Which::All,
+            State::Resting => table.home.any(body.pages(block)),
+            _ => false,
+        };
+        if wanted && table.claim(block, Purpose::Clean) {
+            held.push(Held { block, mapped: state == State::Resident });
+        } else if !held.is_empty() {
+            break;
+        } else if state.exclusive() && which == Which::All {
+            // A flush covers what its owner is doing: it may be a write-back that fails.
+            body.sleep(&mut table, Duration::from_millis(100));
+            continue;
+        } else if !wanted && which == Which::Resting {
+            // Jump to the next page that is known to be dirty.
+            let pages = body.pages(block);
+            match table.home.next(pages.end, table.home_pages()) {
+                Some(page) => {
+                    block = (page * body.memory.page() / body.block) as u32;
+                    continue;
+                }
+                None => break,
+            }
+        }
+        block += 1;
+    }
+    held
+}
+
+fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> {
+    let page = body.memory.page();
+    let pages = body.pages(held[0].block).start..body.pages(held[held.len() - 1].block).end;
+    for run in held.chunk_by(|a, b| a.mapped == b.mapped).filter(|run| run[0].mapped) {
+        let pages = body.pages(run[0].block).start..body.pages(run[run.len() - 1].block).end;
+        let harvest = engine.harvest_mapped(body, pages);
+        record(&mut body.lock(), &harvest);
+    }
+    let mut runs = {
+        let mut table = body.lock();
+        for held in held {
+            if table.write_pinned(held.block) {
+                // A device writes behind the page tables: everything may have changed.
+                table.home.insert(body.pages(held.block));
+            }
+        }
+        let runs = table.home.runs(pages.clone());
+        table.home.remove(pages);
+        runs
+    };
+    let mut result = Ok(());
+    while let Some(run) = runs.first_mut() {
+        let part = run.start..run.end.min(run.start + (TOGETHER / page).max(1));
+        result = staging::with(part.len() * page, |buffer| {
+            body.memory.copy_held(part.start * page, buffer);
+            body.write_store(part.start * page, buffer)
+        });
+        if result.is_err() {
+            break;
+        }
+        run.start = part.end;
+        if run.start == run.end {
+            runs.remove(0);
+        }
+    }
+    let mut table = body.lock();
+    for run in runs {
+        table.home.insert(run);
+    }
+    if let Err(error) = &result {
+        table.pending = Some(error.clone());
+        add(&body.counters.errors, 1);
+    }
+    let mut waited = Vec::new();
+    for held in held {
+        if table.write_pinned(held.block) {
+            table.home.insert(body.pages(held.block));
+        }
+        let state = if held.mapped { State::Resident } else { State::Resting };
+        if body.release(&mut table, held.block, state) {
+            waited.push(held.block);
+        }
+    }
+    drop(table);
+    for block in waited {
+        engine.wake(body, block);
+    }
+    result
+}
+
+/// Writes back everything in `blocks` and makes it durable. An error that the background write-back met
+/// since the last flush is raised once.
+pub(crate) fn flush(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<(), Error> {
+    if !body.writable() {
+        return Ok(());
+    }
+    let met = body.lock().pending.take();
+    let cleaned = clean(engine, body, blocks, Which::All);
+    let synced = cleaned.and_then(|()| {
+        let store = &body.store.0;
+        store.sync().map_err(|error| Error::store(&**store, "sync", body.store_offset, body.len as u64, &error))
+    });
+    // The error of this very flush is raised now and not again.
+    body.lock().pending = None;
+    // What failed in the background has been tried again just now. It is raised all the same, once: the
+    // program may want to know that its store refuses writes.
+    synced.and(met.map_or(Ok(()), Err))
+}

@@ -1,0 +1,178 @@
+//! Time: fills that wait, and reads that never come back.
+//!
+//! Every open fault has a deadline. A read that has not come back when the region's `retry_for` ends is
+//! given up here, by a thread that never waits for a store: the block is poisoned, its toucher gets
+//! SIGBUS, and the memory of the read is not used again until the read has come back.
+
+use std::cell::RefCell;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::block::State;
+use crate::body::Body;
+use crate::engine::Engine;
+use crate::fill::Filling;
+use crate::poison;
+use crate::signals::BlockedSignals;
+use crate::workers::Task;
+
+/// How often watched reads are looked at.
+const TICK: Duration = Duration::from_millis(20);
+
+/// A read that may hang.
+struct Watched {
+    body: Arc<Body>,
+    block: u32,
+    ticket: u64,
+    deadline: Instant,
+}
+
+/// One thread's place for the read it is in.
+type Slot = Arc<Mutex<Option<Watched>>>;
+
+thread_local! {
+    static SLOT: RefCell<Option<(u32, Slot)>> = const { RefCell::new(None) };
+}
+
+#[derive(Default)]
+struct Waiting {
+    deferred: Vec<(Instant, Filling)>,
+    slots: Vec<Slot>,
+    asleep: bool,
+}
+
+/// The clock of the engine.
+#[derive(Default)]
+pub(crate) struct Clock {
+    waiting: Mutex<Waiting>,
+    ring: Condvar,
+}
+
+/// Ends the watch over a read.
+pub(crate) struct Watch {
+    slot: Slot,
+    block: u32,
+    ticket: u64,
+}
+
+impl Watch {
+    /// True if the read came back in time: the block is still ours.
+    pub(crate) fn end(self, body: &Body) -> bool {
+        *self.slot.lock() = None;
+        let mut table = body.lock();
+        if table.reads.get(&self.block) == Some(&self.ticket) {
+            table.reads.remove(&self.block);
+            return true;
+        }
+        false
+    }
+}
+
+impl Clock {
+    pub(crate) fn start(&self, engine: &'static Engine) -> bool {
+        let _blocked = BlockedSignals::all();
+        std::thread::Builder::new()
+            .name("userfault-clock".into())
+            .stack_size(128 << 10)
+            .spawn(move || engine.clock.run(engine))
+            .is_ok()
+    }
+
+    /// Tries a fill again after `pause`.
+    pub(crate) fn defer(&self, filling: Filling, pause: Duration) {
+        let mut waiting = self.waiting.lock();
+        waiting.deferred.push((Instant::now() + pause, filling));
+        drop(waiting);
+        self.ring.notify_one();
+    }
+
+    /// Watches the read that this thread begins now.
+    pub(crate) fn watch(&self, engine: &Engine, body: &Arc<Body>, block: u32, deadline: Instant) -> Watch {
+        let ticket = engine.tickets.fetch_add(1, Ordering::Relaxed);
+        let generation = crate::fork::generation();
+        let slot = SLOT.with_borrow_mut(|mine| match mine {
+            Some((of, slot)) if *of == generation => slot.clone(),
+            _ => {
+                let slot = Slot::default();
+                self.waiting.lock().slots.push(slot.clone());
+                *mine = Some((generation, slot.clone()));
+                slot
+            }
+        });
+        body.lock().reads.insert(block, ticket);
+        *slot.lock() = Some(Watched { body: body.clone(), block, ticket, deadline });
+        if self.waiting.lock().asleep {
+            self.ring.notify_one();
+        }
+        Watch { slot, block, ticket }
+    }
+
+    fn run(&self, engine: &'static Engine) {
+        let mut waiting = self.waiting.lock();
+        loop {
+            let now = Instant::now();
+            let mut due = Vec::new();
+            let mut next = now + Duration::from_secs(3600);
+            let mut index = 0;
+            while index < waiting.deferred.len() {
+                if waiting.deferred[index].0 <= now {
+                    // In order of arrival: whoever waits longest is tried first.
+                    due.push(waiting.deferred.remove(index).1);
+                } else {
+                    next = next.min(waiting.deferred[index].0);
+                    index += 1;
+                }
+            }
+            let mut late = Vec::new();
+            let mut watching = false;
+            // A slot that only this list knows belongs to a thread that has ended.
+            waiting.slots.retain(|slot| Arc::strong_count(slot) > 1);
+            for slot in &waiting.slots {
+                let mut slot = slot.lock();
+                watching |= slot.is_some();
+                if slot.as_ref().is_some_and(|watched| watched.deadline <= now) {
+                    late.extend(slot.take());
+                }
+            }
+            if watching {
+                next = next.min(now + TICK);
+            }
+            if !due.is_empty() || !late.is_empty() {
+                drop(waiting);
+                for filling in due {
+                    engine.workers.submit(engine, Task::Fill(filling));
+                }
+                for watched in late {
+                    give_up(engine, &watched);
+                }
+                waiting = self.waiting.lock();
+                continue;
+            }
+            waiting.asleep = !watching;
+            self.ring.wait_until(&mut waiting, next);
+            waiting.asleep = false;
+        }
+    }
+}
+
+/// Takes a block away from a read that does not come back.
+fn give_up(engine: &Engine, watched: &Watched) {
+    let (body, block) = (&watched.body, watched.block);
+    {
+        let mut table = body.lock();
+        if table.reads.get(&block) != Some(&watched.ticket) {
+            return;
+        }
+        table.reads.remove(&block);
+        table.hung.insert(block, watched.ticket);
+        table.turn_into(block, State::Poisoning);
+    }
+    engine.note_hung(true);
+    let waited = body.retry_for;
+    let cause = io::Error::new(io::ErrorKind::TimedOut, format!("the read has not come back after {waited:?}"));
+    poison::give_up(engine, body, block, &cause);
+}

@@ -1,0 +1,173 @@
+//! The engine of a process: one userfaultfd, the registry of regions, and the pool of memory.
+//!
+//! It comes to life with the first region and lives until the process ends. A forked child makes its own.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
+
+use parking_lot::{Mutex, RwLock};
+use userfault_uffd::abi::{
+    UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_HUGETLBFS,
+    UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_POISON, UFFD_FEATURE_THREAD_ID,
+    UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
+};
+use userfault_uffd::{OpenOptions, Pagemap, Uffd};
+
+use crate::body::Body;
+use crate::clock::Clock;
+use crate::drain::Drain;
+use crate::error::Error;
+use crate::fork::{self, Kept};
+use crate::limit;
+use crate::pool::Pool;
+use crate::room::Gate;
+use crate::stats::Counters;
+use crate::workers::Workers;
+
+/// Features without which nothing works (Linux 5.19).
+const REQUIRED: u64 = UFFD_FEATURE_MISSING_SHMEM
+    | UFFD_FEATURE_MISSING_HUGETLBFS
+    | UFFD_FEATURE_MINOR_SHMEM
+    | UFFD_FEATURE_MINOR_HUGETLBFS
+    | UFFD_FEATURE_PAGEFAULT_FLAG_WP
+    | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
+    | UFFD_FEATURE_THREAD_ID;
+
+/// Features that newer kernels have.
+const PREFERRED: u64 = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_POISON;
+
+/// Everything that the regions of a process share.
+pub(crate) struct Engine {
+    pub(crate) uffd: Uffd,
+    pub(crate) pagemap: Pagemap,
+    by_address: RwLock<BTreeMap<usize, Arc<Body>>>,
+    by_id: RwLock<HashMap<u32, Arc<Body>>>,
+    next_id: AtomicU32,
+    /// The process-wide limit.
+    pub(crate) pool: Arc<Pool>,
+    /// True until somebody sets a limit.
+    pub(crate) auto_limit: Mutex<bool>,
+    pub(crate) gate: Gate,
+    pub(crate) workers: Workers,
+    pub(crate) clock: Clock,
+    pub(crate) drain: Drain,
+    /// Counts of regions that are gone.
+    pub(crate) past: Counters,
+    hung: AtomicUsize,
+    pub(crate) tickets: AtomicU64,
+    epoch: Instant,
+}
+
+static CURRENT: AtomicPtr<Engine> = AtomicPtr::new(std::ptr::null_mut());
+static GENERATION: AtomicU32 = AtomicU32::new(0);
+/// Serialises the making of an engine. One for each of a few generations: a lock that another thread held
+/// at a fork stays locked in the child, which therefore uses the next one.
+static MAKING: [Mutex<()>; 64] = [const { Mutex::new(()) }; 64];
+
+impl Engine {
+    /// The engine of this process, if there is one.
+    pub(crate) fn existing() -> Option<&'static Engine> {
+        if GENERATION.load(Ordering::Acquire) != fork::generation() {
+            return None;
+        }
+        crate::leak::get(&CURRENT)
+    }
+
+    /// The engine of this process.
+    pub(crate) fn current() -> Result<&'static Engine, Error> {
+        if let Some(engine) = Engine::existing() {
+            return Ok(engine);
+        }
+        let _making = MAKING[fork::generation() as usize % MAKING.len()].lock();
+        if let Some(engine) = Engine::existing() {
+            return Ok(engine);
+        }
+        let engine = Engine::new()?;
+        fork::keep(&[Kept::Descriptor(engine.uffd.as_raw_fd()), Kept::Descriptor(engine.pagemap.as_raw_fd())]);
+        let engine = crate::leak::publish(&CURRENT, engine);
+        GENERATION.store(fork::generation(), Ordering::Release);
+        if !(engine.workers.start(engine) && engine.clock.start(engine) && engine.drain.start(engine)) {
+            return Err(Error::last_os("starting the engine's threads", "see ulimit -u and the pids cgroup"));
+        }
+        Ok(engine)
+    }
+
+    fn new() -> Result<Engine, Error> {
+        let options = OpenOptions { nonblocking: false, require: REQUIRED, prefer: PREFERRED, ..OpenOptions::default() };
+        let uffd = Uffd::open(&options).map_err(|error| Error::Os {
+            call: "opening a userfaultfd",
+            errno: error.errno(),
+            advice: format!("{error}; `userfault doctor` says more"),
+        })?;
+        let pagemap =
+            Pagemap::own().map_err(|_| Error::last_os("opening /proc/self/pagemap", "mount /proc in this container"))?;
+        Ok(Engine {
+            uffd,
+            pagemap,
+            by_address: RwLock::default(),
+            by_id: RwLock::default(),
+            next_id: AtomicU32::new(1),
+            pool: Arc::new(Pool::new(limit::auto())),
+            auto_limit: Mutex::new(true),
+            gate: Gate::new(),
+            workers: Workers::default(),
+            clock: Clock::default(),
+            drain: Drain::default(),
+            past: Counters::new(),
+            hung: AtomicUsize::new(0),
+            tickets: AtomicU64::new(1),
+            epoch: Instant::now(),
+        })
+    }
+
+    pub(crate) fn next_id(&self) -> u32 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Milliseconds since the engine came to life; the clock of seats and turns.
+    pub(crate) fn now_ms(&self) -> u32 {
+        self.epoch.elapsed().as_millis() as u32
+    }
+
+    /// The body whose memory holds `address`.
+    pub(crate) fn at(&self, address: usize) -> Option<Arc<Body>> {
+        let regions = self.by_address.read();
+        let (_, body) = regions.range(..=address).next_back()?;
+        (address < body.memory.main() + body.memory.len()).then(|| body.clone())
+    }
+
+    pub(crate) fn by_id(&self, id: u32) -> Option<Arc<Body>> {
+        self.by_id.read().get(&id).cloned()
+    }
+
+    pub(crate) fn bodies(&self) -> Vec<Arc<Body>> {
+        self.by_id.read().values().cloned().collect()
+    }
+
+    pub(crate) fn admit(&self, body: &Arc<Body>) {
+        self.by_id.write().insert(body.id, body.clone());
+        self.by_address.write().insert(body.memory.main(), body.clone());
+    }
+
+    pub(crate) fn dismiss(&self, body: &Body) {
+        self.by_address.write().remove(&body.memory.main());
+        self.by_id.write().remove(&body.id);
+        self.past.absorb(&body.counters);
+    }
+
+    /// Threads that a store does not let go of.
+    pub(crate) fn hung(&self) -> usize {
+        self.hung.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn note_hung(&self, more: bool) {
+        if more {
+            self.hung.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.hung.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! How a block leaves memory.
+//!
+//! First it is unmapped (zapped), and only then asked for evidence: after the zap nobody can dirty it any
+//! more, so what the scan says is final. It rests for a while. Then what is dirty is written back, and the
+//! memory is given back (punched). The block has one owner from before the zap to the end; a fault on it
+//! waits.
+
+use crate::block::State;
+use crate::body::Body;
+use crate::engine::Engine;
+use crate::kernel::record;
+use crate::pool::Queue;
+use crate::room::claim_victim;
+use crate::stats::add;
+use crate::workers::Lead;
+
+/// Unmaps a resident block. False if it could not leave.
+pub(crate) fn zap(engine: &Engine, body: &Body, block: u32) -> bool {
+    if !claim_victim(engine, body, block, State::Resident) {
+        return false;
+    }
+    unmap(engine, body, block);
+    true
+}
+
+/// Unmaps a block in state Evicting; it rests afterwards, or is gone if its memory cannot rest.
+fn unmap(engine: &Engine, body: &Body, block: u32) {
+    let (start, len) = (body.start(block), body.block_len(block));
+    body.memory.zap(start, len).expect("unmapping pages of the region's own mapping");
+    let waited;
+    if body.memory.shared() {
+        let harvest = engine.harvest_zapped(body, block);
+        let mut table = body.lock();
+        record(&mut table, &harvest);
+        waited = body.release(&mut table, block, State::Resting);
+        drop(table);
+        engine.seat(body, block, Queue::Resting);
+    } else {
+        let evictions = engine.pool_of(body).evictions();
+        let mut table = body.lock();
+        table.set_ghost(block, evictions.max(1));
+        waited = body.release(&mut table, block, State::Absent);
+        drop(table);
+        engine.give_back(body, len as u64);
+        add(&body.counters.evictions, 1);
+    }
+    if waited {
+        engine.wake(body, block);
+    }
+}
+
+/// Releases a resting block from memory. False if it could not leave: it is wanted, or it is dirty and
+/// could not be written; then it stays, with its data.
+pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead) -> bool {
+    if !claim_victim(engine, body, block, State::Resting) {
+        return false;
+    }
+    let (start, len, page) = (body.start(block), body.block_len(block), body.memory.page());
+    let mut runs = {
+        let mut table = body.lock();
+        if body.writable() {
+            let runs = table.home.runs(body.pages(block));
+            table.home.remove(body.pages(block));
+            runs
+        } else {
+            Vec::new()
+        }
+    };
+    if !runs.is_empty() {
+        lead.give_up();
+        // The neighbours that rest dirty beside it will have to be written too: let the drain do it in
+        // the order of the store.
+        engine.drain.kick();
+    }
+    while let Some(run) = runs.first().cloned() {
+        let bytes = body.memory.resting_bytes(run.start * page, run.len() * page);
+        if let Err(error) = body.write_store(run.start * page, bytes) {
+            let mut table = body.lock();
+            for run in runs {
+                table.home.insert(run);
+            }
+            table.pending = Some(error);
+            let waited = body.release(&mut table, block, State::Resting);
+            drop(table);
+            add(&body.counters.errors, 1);
+            engine.seat(body, block, Queue::Resting);
+            if waited {
+                engine.wake(body, block);
+            }
+            return false;
+        }
+        runs.remove(0);
+    }
+    body.memory.punch(start, len).expect("punching the region's own memory");
+    let evictions = engine.pool_of(body).evictions();
+    let mut table = body.lock();
+    table.set_ghost(block, evictions.max(1));
+    let waited = body.release(&mut table, block, State::Absent);
+    drop(table);
+    engine.give_back(body, len as u64);
+    add(&body.counters.evictions, 1);
+    if waited {
+        engine.wake(body, block);
+    }
+    true
+}
+
+/// Unmaps and releases a block now, whatever its place in the queues. False if it is pinned, owned by
+/// somebody else, or could not be written back.
+pub(crate) fn now(engine: &Engine, body: &Body, block: u32, lead: &mut Lead) -> bool {
+    use crate::block::Purpose;
+    let unmapped = {
+        let mut table = body.lock();
+        match table.state(block) {
+            State::Resting => true,
+            State::Resident if table.claim(block, Purpose::Evict) => false,
+            _ => return matches!(table.state(block), State::Absent | State::Poisoned),
+        }
+    };
+    if !unmapped {
+        unmap(engine, body, block);
+    }
+    body.lock().state(block) == State::Absent || release(engine, body, block, lead)
+}

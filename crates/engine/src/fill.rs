@@ -1,0 +1,424 @@
+//! Answering a fault: what a missing or a minor fault means for a block, and how it is brought in.
+//!
+//! A page must not be seen before it is whole. Small blocks are read into a buffer of the thread's own
+//! and put in place by UFFDIO_COPY, which is atomic for each page; such a block is never claimed before
+//! and never touched through the view while it is absent. Large blocks are claimed, read through the
+//! view, and mapped by UFFDIO_CONTINUE when they are whole; a thread that touches a claimed page meanwhile
+//! gets a minor fault and waits for the owner, because the region is registered for those too.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::block::{Answer, Fault, Purpose, State, answer};
+use crate::body::Body;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::poison;
+use crate::pool::Queue;
+use crate::staging;
+use crate::stats::add;
+use crate::workers::{Lead, Task, Touch};
+
+/// How long a fault waits for memory before its block is given up, beside the region's `retry_for`. It
+/// only comes to that when nothing can leave: what is dirty cannot be written.
+const NO_ROOM_FOR: Duration = Duration::from_secs(60);
+
+/// The first and the longest pause between two tries of a read.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// A fill under way. Its block is in state Filling, and whoever holds this owns it.
+pub(crate) struct Filling {
+    pub(crate) body: Arc<Body>,
+    pub(crate) block: u32,
+    /// The thread that asked, 0 if none sleeps on it.
+    pub(crate) thread: u32,
+    pub(crate) began: Instant,
+    /// Tries of the read so far.
+    tries: u32,
+    /// Since when it waits for memory.
+    no_room_since: Option<Instant>,
+}
+
+/// How a try ended.
+enum Tried {
+    Mapped,
+    NoRoom,
+    Failed(io::Error),
+    /// The read took too long: the clock took the block away and gave it up.
+    Abandoned,
+}
+
+impl Filling {
+    pub(crate) fn new(body: Arc<Body>, block: u32, thread: u32, began: Instant) -> Filling {
+        Filling { body, block, thread, began, tries: 0, no_room_since: None }
+    }
+}
+
+impl Engine {
+    /// Does a task of the queue, on a thread that does not lead.
+    pub(crate) fn perform(&'static self, task: Task) {
+        let mut lead = Lead::none(self);
+        match task {
+            Task::Touch(touch) => self.answer(&touch, &mut lead),
+            Task::Fill(filling) => self.fill(filling, &mut lead),
+        }
+    }
+
+    /// Answers one fault.
+    pub(crate) fn answer(&'static self, touch: &Touch, lead: &mut Lead) {
+        let Some(body) = self.at(touch.address) else {
+            // The region has been closed since: whoever sleeps there finds PROT_NONE.
+            let page = touch.address & !(crate::memory::small_page() - 1);
+            let _ = self.uffd.wake(page, crate::memory::small_page());
+            return;
+        };
+        let offset = touch.address - body.memory.main();
+        let block = (offset / body.block) as u32;
+        let counters = &body.counters;
+        add(
+            match touch.fault {
+                Fault::Missing => &counters.faults_missing,
+                Fault::Minor => &counters.faults_minor,
+                Fault::WriteProtect => &counters.faults_write_protect,
+            },
+            1,
+        );
+        let mut table = body.lock();
+        if table.closed {
+            // Close wakes every sleeper at its end.
+            return;
+        }
+        // The page table is asked under the lock: a block that changes hands meanwhile would make the
+        // answer worthless. This happens only for stale messages and foreign unmapping.
+        let answer = answer(table.state(block), touch.fault, || self.present(touch.address));
+        match answer {
+            Answer::Wait => {
+                table.wait(block);
+                add(&counters.waits, 1);
+            }
+            Answer::Wake => {
+                drop(table);
+                self.wake(&body, block);
+            }
+            Answer::Fill => {
+                table.claim(block, Purpose::Fill);
+                drop(table);
+                self.fill(Filling::new(body, block, touch.thread, touch.read), lead);
+            }
+            Answer::Map => {
+                table.claim(block, Purpose::Map);
+                drop(table);
+                self.map_resting(&body, block, touch);
+            }
+            Answer::MapDirty => {
+                table.claim(block, Purpose::Refill);
+                if body.writable() {
+                    table.mark_dirty(body.pages(block));
+                }
+                drop(table);
+                self.map_in_memory(&body, block);
+            }
+            Answer::Refill => {
+                table.claim(block, Purpose::Refill);
+                if body.memory.shared() {
+                    // The program gave the page back (MADV_REMOVE): it is zeros from here on.
+                    if body.writable() {
+                        let page = offset / body.memory.page();
+                        table.mark_dirty(page..page + 1);
+                    }
+                    drop(table);
+                    self.map_in_memory(&body, block);
+                } else {
+                    drop(table);
+                    self.refill_page(&body, block, offset, lead);
+                }
+            }
+            Answer::Poison => {
+                let _ = self.poison(&body, block);
+                drop(table);
+                self.wake(&body, block);
+            }
+            Answer::Unprotect => {
+                let page = offset / body.memory.page();
+                table.mark_dirty(page..page + 1);
+                drop(table);
+                let start = body.memory.main() + page * body.memory.page();
+                let _ = self.uffd.writeprotect(start, body.memory.page(), 0);
+            }
+        }
+    }
+
+    /// A resting block is touched again: map it, and remember that it is hot.
+    fn map_resting(&self, body: &Arc<Body>, block: u32, touch: &Touch) {
+        self.map_pages(body, block);
+        let mut table = body.lock();
+        let waited = body.release(&mut table, block, State::Resident);
+        drop(table);
+        add(&body.counters.hits, 1);
+        self.seat(body, block, Queue::Main);
+        self.pool_of(body).given(touch.thread, body.seat(block), self.now_ms());
+        if waited {
+            self.wake(body, block);
+        }
+        body.counters.latency.record(touch.read.elapsed().as_nanos() as u64);
+    }
+
+    /// Maps a resting block that was claimed for Map, on behalf of nobody who sleeps on it.
+    pub(crate) fn bring_back(&self, body: &Arc<Body>, block: u32) {
+        self.map_in_memory(body, block);
+        add(&body.counters.hits, 1);
+        self.seat(body, block, Queue::Main);
+    }
+
+    /// Maps what is missing of a resident block, whose pages are in memory.
+    fn map_in_memory(&self, body: &Arc<Body>, block: u32) {
+        self.map_pages(body, block);
+        let mut table = body.lock();
+        let _ = body.release(&mut table, block, State::Resident);
+        drop(table);
+        self.wake(body, block);
+    }
+
+    /// Maps the pages of an owned block that is in memory. Pages that the program gave back are zeros.
+    fn map_pages(&self, body: &Body, block: u32) {
+        if self.map_again(body, block).is_ok() {
+            return;
+        }
+        let (start, len) = (body.start(block), body.block_len(block));
+        let again = body.memory.claim(start, len).and_then(|()| self.map_again(body, block));
+        if let Err(error) = again {
+            // Only a machine out of memory comes here; the touch asks again.
+            crate::say::line(&format!("userfault: {}: mapping offset {start} again failed: {error}", body.name));
+        }
+    }
+
+    /// Private memory: the program threw a page away, which is read again.
+    fn refill_page(&self, body: &Arc<Body>, block: u32, offset: usize, lead: &mut Lead) {
+        lead.give_up();
+        let page = body.memory.page();
+        let start = offset / page * page;
+        let read = staging::with(page, |buffer| {
+            body.read_store(start, buffer, false)?;
+            self.copy(body, start, buffer)
+        });
+        match read {
+            Ok(()) => {
+                let mut table = body.lock();
+                let _ = body.release(&mut table, block, State::Resident);
+                drop(table);
+                self.wake(body, block);
+            }
+            Err(error) => {
+                let _ = body.memory.zap(body.start(block), body.block_len(block));
+                self.give_back(body, body.block_len(block) as u64);
+                poison::give_up(self, body, block, &error);
+            }
+        }
+    }
+
+    /// Brings an absent block in. The block is in state Filling and belongs to `filling`.
+    pub(crate) fn fill(&'static self, mut filling: Filling, lead: &mut Lead) {
+        let body = filling.body.clone();
+        let block = filling.block;
+        {
+            let mut table = body.lock();
+            if table.closed {
+                let _ = body.release(&mut table, block, State::Absent);
+                return;
+            }
+        }
+        let now = Instant::now();
+        match self.try_fill(&filling, lead) {
+            Tried::Mapped => {
+                if let Some(since) = filling.no_room_since {
+                    add(&body.counters.wait_ns, since.elapsed().as_nanos() as u64);
+                    self.pool_of(&body).wait(false);
+                }
+                if filling.thread != 0 {
+                    body.counters.latency.record(filling.began.elapsed().as_nanos() as u64);
+                }
+            }
+            Tried::NoRoom => {
+                if filling.no_room_since.is_none() {
+                    filling.no_room_since = Some(now);
+                    add(&body.counters.waits, 1);
+                    self.pool_of(&body).wait(true);
+                }
+                let waited = filling.no_room_since.map_or(Duration::ZERO, |since| now - since);
+                if waited > NO_ROOM_FOR + body.retry_for {
+                    self.pool_of(&body).wait(false);
+                    let cause = body.lock().pending.as_ref().map_or_else(
+                        || "everything in memory is pinned".to_owned(),
+                        |error| format!("what is in memory cannot be written back: {error}"),
+                    );
+                    poison::give_up(self, &body, block, &io::Error::other(format!("no memory: {cause}")));
+                    return;
+                }
+                self.clock.defer(filling, Duration::from_millis(1));
+            }
+            Tried::Failed(error) => {
+                if body.retries() && filling.began.elapsed() < body.retry_for {
+                    filling.tries += 1;
+                    let pause = PAUSES.0 * 2u32.saturating_pow(filling.tries.min(16) - 1);
+                    self.clock.defer(filling, pause.min(PAUSES.1));
+                } else {
+                    if filling.no_room_since.is_some() {
+                        self.pool_of(&body).wait(false);
+                    }
+                    poison::give_up(self, &body, block, &error);
+                }
+            }
+            Tried::Abandoned => {
+                if filling.no_room_since.is_some() {
+                    self.pool_of(&body).wait(false);
+                }
+            }
+        }
+    }
+
+    fn try_fill(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
+        let (body, block) = (&filling.body, filling.block);
+        let bytes = body.block_len(block) as u64;
+        if !self.make_room(body, bytes, filling.thread, lead) {
+            return Tried::NoRoom;
+        }
+        let tried = if body.by_copy() {
+            self.fill_by_copy(filling, lead)
+        } else {
+            self.fill_by_view(filling, lead)
+        };
+        match &tried {
+            Tried::Mapped => {
+                let mut table = body.lock();
+                let early = self.pool_of(body).too_early(table.ghost(block));
+                if !self.tracks(body) && body.writable() {
+                    // No evidence of writes on this kernel: what is mapped writable counts as dirty.
+                    table.mark_dirty(body.pages(block));
+                }
+                // The mapping woke everybody who slept on the block.
+                let _ = body.release(&mut table, block, State::Resident);
+                drop(table);
+                self.seat(body, block, if early { Queue::Main } else { Queue::Probation });
+                self.pool_of(body).given(filling.thread, body.seat(block), self.now_ms());
+            }
+            Tried::NoRoom | Tried::Failed(_) | Tried::Abandoned => self.give_back(body, bytes),
+        }
+        tried
+    }
+
+    fn fill_by_copy(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
+        let (body, block) = (&filling.body, filling.block);
+        staging::with(body.block_len(block), |buffer| match self.read(filling, buffer, lead) {
+            Ok(true) => match self.map_copy(body, block, buffer) {
+                Ok(()) => Tried::Mapped,
+                Err(error) => {
+                    let _ = body.memory.zap(body.start(block), buffer.len());
+                    let _ = body.memory.punch(body.start(block), buffer.len());
+                    refused(error)
+                }
+            },
+            Ok(false) => {
+                self.came_back(body, block);
+                Tried::Abandoned
+            }
+            Err(error) => Tried::Failed(error),
+        })
+    }
+
+    fn fill_by_view(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
+        let (body, block) = (&filling.body, filling.block);
+        let (start, len) = (body.start(block), body.block_len(block));
+        if let Err(error) = body.memory.claim(start, len) {
+            let _ = body.memory.punch(start, len);
+            return refused(error);
+        }
+        let buffer = body.memory.owned_block(filling, start, len);
+        match self.read(filling, buffer, lead) {
+            Ok(true) => match self.map_again(body, block) {
+                Ok(()) => Tried::Mapped,
+                Err(error) => {
+                    let _ = body.memory.zap(start, len);
+                    let _ = body.memory.punch(start, len);
+                    refused(error)
+                }
+            },
+            Ok(false) => {
+                let _ = body.memory.punch(start, len);
+                self.came_back(body, block);
+                Tried::Abandoned
+            }
+            Err(error) => {
+                let _ = body.memory.punch(start, len);
+                Tried::Failed(error)
+            }
+        }
+    }
+
+    /// Reads a block. `Ok(false)`: it took too long, and the block is no longer ours.
+    fn read(&'static self, filling: &Filling, buffer: &mut [u8], lead: &mut Lead) -> io::Result<bool> {
+        let (body, block) = (&filling.body, filling.block);
+        let start = body.start(block);
+        if body.read_store(start, buffer, true)? {
+            return Ok(true);
+        }
+        lead.give_up();
+        let watch = self.clock.watch(self, body, block, filling.began + body.retry_for);
+        let read = body.read_store(start, buffer, false);
+        if watch.end(body) { read.map(|_| true) } else { Ok(false) }
+    }
+
+    /// A read that was given up has come back: its memory may be used again.
+    fn came_back(&self, body: &Body, block: u32) {
+        let mut table = body.lock();
+        table.hung.remove(&block);
+        if table.state(block) == State::Poisoned && !body.by_copy() {
+            // Releasing the memory lifted the poison of hugetlb pages.
+            let _ = self.poison(body, block);
+        }
+        drop(table);
+        self.note_hung(false);
+        self.wake(body, block);
+    }
+
+    /// Asks for a block on behalf of nobody who sleeps on it. The block must have been claimed for Fill.
+    pub(crate) fn submit_fill(&'static self, body: &Arc<Body>, block: u32) {
+        let filling = Filling::new(body.clone(), block, 0, Instant::now());
+        self.workers.submit(self, Task::Fill(filling));
+    }
+
+    /// Waits until a block is in memory, bringing it in if need be, and claims it for `purpose`.
+    pub(crate) fn claim_in_memory(
+        &'static self,
+        body: &Arc<Body>,
+        block: u32,
+        purpose: Purpose,
+    ) -> Result<State, Error> {
+        let mut table = body.lock();
+        loop {
+            if table.closed {
+                return Err(Error::Closed);
+            }
+            let state = table.state(block);
+            match state {
+                State::Absent => {
+                    table.claim(block, Purpose::Fill);
+                    drop(table);
+                    self.submit_fill(body, block);
+                    table = body.lock();
+                }
+                State::Poisoned => return Err(poison::error(&table, body, block)),
+                _ if table.claim(block, purpose) => return Ok(state),
+                _ => body.sleep(&mut table, Duration::from_millis(100)),
+            }
+        }
+    }
+}
+
+/// The kernel refused memory that the limit allowed: wait for some. Anything else is for good.
+fn refused(error: io::Error) -> Tried {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::ENOMEM | libc::EAGAIN) => Tried::NoRoom,
+        _ => Tried::Failed(error),
+    }
+}

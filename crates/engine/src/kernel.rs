@@ -1,0 +1,252 @@
+//! What the engine asks of the kernel for a block it owns.
+//!
+//! Unsafe: fills of user memory. What keeps them sound: the caller owns the block, so nobody else maps it
+//! or changes its pages, and buffers are the engine's own memory, which never faults into the engine.
+//!
+//! Every function says what it wakes: at the end of whatever happens to a block, its sleepers are woken.
+
+use std::io;
+use std::ops::Range;
+
+use userfault_uffd::abi::{
+    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, UFFD_FEATURE_WP_ASYNC,
+    UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY_MODE_WP, UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING,
+    UFFDIO_REGISTER_MODE_WP, page_region,
+};
+use userfault_uffd::{Fill, Filled, Scan, fill};
+
+use crate::body::Body;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::memory::Kind;
+use crate::table::Table;
+
+/// Ranges that one call of PAGEMAP_SCAN reports at most.
+const REGIONS: usize = 64;
+
+fn failed(what: &str, filled: Filled) -> io::Error {
+    match filled {
+        Filled::Failed { errno, .. } => io::Error::from_raw_os_error(errno),
+        Filled::ProcessGone => io::Error::from_raw_os_error(libc::ESRCH),
+        other => io::Error::other(format!("{what}: {other:?}")),
+    }
+}
+
+impl Engine {
+    /// True if the kernel keeps evidence of writes: pages are mapped write-protected under WP_ASYNC.
+    pub(crate) fn tracks(&self, body: &Body) -> bool {
+        body.writable() && self.uffd.has(UFFD_FEATURE_WP_ASYNC)
+    }
+
+    /// Registers a region's memory, before its first touch.
+    pub(crate) fn register(&self, body: &Body) -> Result<(), Error> {
+        let mut mode = UFFDIO_REGISTER_MODE_MISSING;
+        if body.memory.shared() {
+            mode |= UFFDIO_REGISTER_MODE_MINOR;
+        }
+        if self.tracks(body) {
+            mode |= UFFDIO_REGISTER_MODE_WP;
+        }
+        let outcome = self.uffd.register(body.memory.main(), body.memory.len(), mode);
+        if outcome.is_ok() {
+            return Ok(());
+        }
+        Err(Error::Os {
+            call: "UFFDIO_REGISTER",
+            errno: outcome.errno,
+            advice: format!("{} memory is not supported by this kernel; see `userfault doctor`", body.memory.kind().name()),
+        })
+    }
+
+    /// Wakes whoever sleeps on a block.
+    pub(crate) fn wake(&self, body: &Body, block: u32) {
+        // A range of a region that is being closed may be gone: then close wakes.
+        let _ = self.uffd.wake(body.address(block), body.block_len(block));
+    }
+
+    /// Puts `bytes` into an absent block and maps it; wakes.
+    pub(crate) fn map_copy(&self, body: &Body, block: u32, bytes: &[u8]) -> io::Result<()> {
+        self.copy(body, body.start(block), bytes)
+    }
+
+    /// Puts `bytes` at an offset of absent pages; wakes.
+    pub(crate) fn copy(&self, body: &Body, start: usize, bytes: &[u8]) -> io::Result<()> {
+        let mode = if self.tracks(body) { UFFDIO_COPY_MODE_WP } else { 0 };
+        let page = body.memory.page();
+        let exists = if body.memory.shared() { Fill::OwnAbsent } else { Fill::Shared };
+        let address = body.memory.main() + start;
+        let mut from = 0;
+        while from < bytes.len() {
+            let filled = fill::fill(bytes.len() - from, page, exists, |at, len| {
+                // SAFETY: `bytes` is the engine's own memory; the caller owns the block, so no reference
+                // to its absent bytes exists outside of user threads that asked for exactly this.
+                unsafe {
+                    self.uffd.copy(address + from + at, bytes[from + at..].as_ptr() as usize, len, mode)
+                }
+            });
+            match filled {
+                Filled::Whole { .. } => return Ok(()),
+                // The region's memory holds a page that it should not: write it through the view.
+                Filled::StalePage { at } => {
+                    let at = from + at;
+                    // SAFETY: the caller owns the block, and the page is in memory.
+                    unsafe { body.memory.copy_in(start + at, &bytes[at..at + page]) };
+                    self.continue_range(body, start + at, page, true)?;
+                    from = at + page;
+                }
+                // No events are asked for, so this passes by itself.
+                Filled::EventPending { at } => {
+                    from += at;
+                    std::thread::yield_now();
+                }
+                other => return Err(failed("UFFDIO_COPY", other)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps a block that is in memory, whole, and unmapped; wakes. Pages of it that are mapped already
+    /// stay as they are.
+    pub(crate) fn map_again(&self, body: &Body, block: u32) -> io::Result<()> {
+        self.continue_range(body, body.start(block), body.block_len(block), false)
+    }
+
+    fn continue_range(&self, body: &Body, start: usize, len: usize, alone: bool) -> io::Result<()> {
+        let mode = if self.tracks(body) { UFFDIO_CONTINUE_MODE_WP } else { 0 };
+        let address = body.memory.main() + start;
+        let mut from = 0;
+        loop {
+            let filled = fill::fill(len - from, body.memory.page(), Fill::Shared, |at, len| {
+                // SAFETY: the caller owns the block, and every page of it is whole.
+                unsafe { self.uffd.continue_(address + from + at, len, mode) }
+            });
+            match filled {
+                Filled::Whole { skipped } => {
+                    if skipped > 0 && !alone {
+                        // EEXIST wakes nobody.
+                        let _ = self.uffd.wake(address, len);
+                    }
+                    return Ok(());
+                }
+                Filled::EventPending { at } => {
+                    from += at;
+                    std::thread::yield_now();
+                }
+                other => return Err(failed("UFFDIO_CONTINUE", other)),
+            }
+        }
+    }
+
+    /// Makes every touch of an absent block SIGBUS.
+    pub(crate) fn poison(&self, body: &Body, block: u32) -> io::Result<()> {
+        let (start, len) = (body.address(block), body.block_len(block));
+        if self.tracks(body) {
+            // Poison goes only where there is nothing: lift the markers that protection left behind.
+            let _ = self.uffd.writeprotect(start, len, 0);
+        }
+        let filled = fill::fill(len, body.memory.page(), Fill::Shared, |at, len| {
+            // SAFETY: a touch of a block that could not be had is SIGBUS by the region's contract.
+            unsafe { self.uffd.poison(start + at, len, 0) }
+        });
+        match filled {
+            Filled::Whole { .. } => Ok(()),
+            other => Err(failed("UFFDIO_POISON", other)),
+        }
+    }
+
+    /// True if the page at `address` is mapped now.
+    pub(crate) fn present(&self, address: usize) -> bool {
+        self.pagemap.entry(address).is_ok_and(|entry| entry.present())
+    }
+
+    /// Gathers the evidence of a block that was just unmapped: marks dirty every page that is not proved
+    /// clean. Only a write-protect marker proves it (SWAPPED and not WRITTEN); none, present and anything
+    /// else does not: a zapped dirty hugetlb page reports neither.
+    pub(crate) fn harvest_zapped(&self, body: &Body, block: u32) -> Vec<Range<usize>> {
+        let pages = body.pages(block);
+        if !body.writable() {
+            return Vec::new();
+        }
+        let scan = Scan {
+            flags: PM_SCAN_CHECK_WPASYNC,
+            inverted: PAGE_IS_WRITTEN,
+            all_of: PAGE_IS_SWAPPED | PAGE_IS_WRITTEN,
+            any_of: 0,
+            report: PAGE_IS_SWAPPED,
+            max_pages: 0,
+        };
+        let mut dirty = Vec::new();
+        let mut next = pages.start;
+        let scanned = self.tracks(body)
+            && self
+                .scan(body, pages.clone(), &scan, |clean| {
+                    if clean.start > next {
+                        dirty.push(next..clean.start);
+                    }
+                    next = clean.end;
+                })
+                .is_ok();
+        if !scanned {
+            return vec![pages];
+        }
+        if next < pages.end {
+            dirty.push(next..pages.end);
+        }
+        dirty
+    }
+
+    /// Gathers the evidence of mapped blocks held in Cleaning and protects them again, in one step. Marks
+    /// the written pages dirty for every consumer.
+    pub(crate) fn harvest_mapped(&self, body: &Body, pages: Range<usize>) -> Vec<Range<usize>> {
+        if !self.tracks(body) {
+            return vec![pages];
+        }
+        let scan = Scan {
+            flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+            inverted: 0,
+            all_of: PAGE_IS_WRITTEN,
+            any_of: 0,
+            report: PAGE_IS_WRITTEN,
+            max_pages: 0,
+        };
+        let mut written = Vec::new();
+        let mut scanned = self.scan(body, pages.clone(), &scan, |range| written.push(range));
+        if body.memory.kind() == Kind::Hugetlb && scanned.is_ok() {
+            // A hugetlb page that the program itself unmapped is not WRITTEN, whatever it was before.
+            let present = Scan { all_of: PAGE_IS_PRESENT, report: PAGE_IS_PRESENT, ..Scan::default() };
+            let mut next = pages.start;
+            scanned = self.scan(body, pages.clone(), &present, |range| {
+                if range.start > next {
+                    written.push(next..range.start);
+                }
+                next = range.end;
+            });
+            if next < pages.end {
+                written.push(next..pages.end);
+            }
+        }
+        if scanned.is_ok() { written } else { vec![pages] }
+    }
+
+    fn scan(
+        &self,
+        body: &Body,
+        pages: Range<usize>,
+        scan: &Scan,
+        mut each: impl FnMut(Range<usize>),
+    ) -> io::Result<()> {
+        let (main, page) = (body.memory.main(), body.memory.page());
+        let mut regions = [page_region { start: 0, end: 0, categories: 0 }; REGIONS];
+        let range = main + pages.start * page..main + pages.end * page;
+        self.pagemap.scan_each(range, scan, &mut regions, |region| {
+            each((region.start as usize - main) / page..(region.end as usize - main).div_ceil(page));
+        })
+    }
+}
+
+/// ORs a harvest into the maps of all consumers.
+pub(crate) fn record(table: &mut Table, harvest: &[Range<usize>]) {
+    for pages in harvest {
+        table.mark_dirty(pages.clone());
+    }
+}

@@ -1,0 +1,338 @@
+//! A region's memory: the user's mapping and the view.
+//!
+//! Unsafe: this file maps, unmaps and dereferences raw memory. Two mappings show the same pages. The
+//! user's mapping is registered with the userfaultfd, and the engine never touches it. The view is not
+//! registered, and the engine reads and writes through it without faulting. Private memory has no view:
+//! it is filled by copy alone.
+//!
+//! What keeps this sound: a slice into the view is made only for a block that its caller owns (see
+//! `block.rs`) and that is not mapped for the user; bytes of a mapped block are moved by raw copies,
+//! since the user's threads may change them at any moment.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr;
+
+use crate::error::Error;
+use crate::fill::Filling;
+use crate::huge_tmpfs;
+
+/// 2 MiB.
+pub const HUGE: usize = 2 << 20;
+
+/// What the memory is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Private anonymous memory of small pages: read-only regions of small blocks.
+    Private,
+    /// A memfd of small pages.
+    Small,
+    /// hugetlb pages of 2 MiB.
+    Hugetlb,
+    /// 2 MiB pages of a private tmpfs.
+    HugeTmpfs,
+}
+
+impl Kind {
+    /// The name that users see.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Private => "4KiB private",
+            Kind::Small => "4KiB",
+            Kind::Hugetlb => "2MiB hugetlb",
+            Kind::HugeTmpfs => "2MiB tmpfs",
+        }
+    }
+}
+
+/// The kernel's small page, bytes.
+pub fn small_page() -> usize {
+    // SAFETY: sysconf has no preconditions.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
+/// The two mappings of a region.
+#[derive(Debug)]
+pub struct Memory {
+    kind: Kind,
+    main: usize,
+    view: usize,
+    len: usize,
+    page: usize,
+    file: Option<File>,
+}
+
+fn map(at: usize, len: usize, prot: i32, flags: i32, fd: RawFd) -> Result<usize, Error> {
+    // SAFETY: either the kernel chooses the address, or `at` lies in a range that this file reserved
+    // or mapped before, so MAP_FIXED replaces nothing that belongs to somebody else.
+    let address = unsafe { libc::mmap(at as *mut libc::c_void, len, prot, flags, fd, 0) };
+    if address == libc::MAP_FAILED {
+        return Err(Error::last_os(
+            "mmap",
+            format!("{len} bytes of address space were asked for; see /proc/sys/vm/max_map_count and ulimit -v"),
+        ));
+    }
+    Ok(address as usize)
+}
+
+fn unmap(at: usize, len: usize) {
+    // SAFETY: the range was mapped by this file and its owner gives it up.
+    unsafe { libc::munmap(at as *mut libc::c_void, len) };
+}
+
+/// Reserves address space whose start is a multiple of 2 MiB, so that page tables can be given back.
+fn reserve(len: usize) -> Result<usize, Error> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let raw = map(0, len + HUGE, libc::PROT_NONE, flags, -1)?;
+    let start = raw.next_multiple_of(HUGE);
+    if start > raw {
+        unmap(raw, start - raw);
+    }
+    let tail = raw + len + HUGE - (start + len);
+    if tail > 0 {
+        unmap(start + len, tail);
+    }
+    Ok(start)
+}
+
+fn memfd(flags: libc::c_uint) -> io::Result<File> {
+    // SAFETY: the name is a NUL-terminated constant; the result is checked before it is owned.
+    unsafe {
+        let fd = libc::memfd_create(c"userfault".as_ptr(), libc::MFD_CLOEXEC | flags);
+        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(File::from(OwnedFd::from_raw_fd(fd))) }
+    }
+}
+
+/// Free hugetlb pages of 2 MiB that nobody has reserved.
+pub fn hugetlb_free() -> u64 {
+    let read = |name: &str| -> u64 {
+        std::fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}"))
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0)
+    };
+    read("free_hugepages").saturating_sub(read("resv_hugepages"))
+}
+
+impl Memory {
+    /// Maps `len` bytes (a multiple of the page) of memory of this kind.
+    pub fn new(kind: Kind, len: usize, writable: bool) -> Result<Memory, Error> {
+        let page = if kind == Kind::Hugetlb { HUGE } else { small_page() };
+        debug_assert!(len.is_multiple_of(page));
+        let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let file = match kind {
+            Kind::Private => None,
+            Kind::Small => Some(memfd(0).map_err(|_| Error::last_os("memfd_create", ""))?),
+            Kind::Hugetlb => Some(memfd(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB).map_err(|_| {
+                Error::last_os("memfd_create of huge pages", "reserve some: sysctl vm.nr_hugepages=N")
+            })?),
+            Kind::HugeTmpfs => Some(huge_tmpfs::file()?),
+        };
+        if let Some(file) = &file {
+            file.set_len(len as u64).map_err(|_| Error::last_os("ftruncate of a region's memory", ""))?;
+        }
+        let main = reserve(len)?;
+        let fixed = libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let mut memory = Memory { kind, main, view: 0, len, page, file };
+        match &memory.file {
+            None => {
+                map(main, len, prot, fixed | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+                // Pages arrive one block at a time: the kernel must not make huge ones of them.
+                memory.advise(main, len, libc::MADV_NOHUGEPAGE)?;
+            }
+            Some(file) => {
+                let fd = file.as_raw_fd();
+                map(main, len, prot, fixed | libc::MAP_SHARED, fd)?;
+                let view = reserve(len)?;
+                memory.view = view;
+                map(view, len, libc::PROT_READ | libc::PROT_WRITE, fixed | libc::MAP_SHARED, fd)?;
+                memory.advise(view, len, libc::MADV_DONTFORK)?;
+            }
+        }
+        memory.advise(main, len, libc::MADV_DONTFORK)?;
+        Ok(memory)
+    }
+
+    fn advise(&self, at: usize, len: usize, advice: i32) -> Result<(), Error> {
+        // SAFETY: the range lies in a mapping that this value owns; none of the advices used here
+        // touches memory outside it.
+        if unsafe { libc::madvise(at as *mut libc::c_void, len, advice) } < 0 {
+            return Err(Error::last_os("madvise", ""));
+        }
+        Ok(())
+    }
+
+    /// What the memory is made of.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Start of the user's mapping.
+    pub fn main(&self) -> usize {
+        self.main
+    }
+
+    /// Start of the view, 0 if there is none.
+    pub fn view(&self) -> usize {
+        self.view
+    }
+
+    /// Mapped length, bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True if the memory is made of huge pages.
+    pub fn huge(&self) -> bool {
+        matches!(self.kind, Kind::Hugetlb | Kind::HugeTmpfs)
+    }
+
+    /// The unit in which the user's mapping is mapped, unmapped and tracked, bytes. The huge pages of a
+    /// tmpfs are mapped small: their evidence is by 4 KiB, and what one part says is not said of the rest.
+    pub fn page(&self) -> usize {
+        self.page
+    }
+
+    /// True if there is a view.
+    pub fn shared(&self) -> bool {
+        self.view != 0
+    }
+
+    /// The descriptor of the memory, if it has one.
+    pub fn fd(&self) -> Option<RawFd> {
+        self.file.as_ref().map(AsRawFd::as_raw_fd)
+    }
+
+    /// Takes pages from the kernel before they are written, so that a full pool is an error code here
+    /// and not a SIGBUS at the first store.
+    pub fn claim(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.fallocate(0, offset, len)
+    }
+
+    /// Gives the pages of a range back to the kernel.
+    pub fn punch(&self, offset: usize, len: usize) -> io::Result<()> {
+        if self.file.is_none() {
+            return self.zap(offset, len);
+        }
+        self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)
+    }
+
+    fn fallocate(&self, mode: i32, offset: usize, len: usize) -> io::Result<()> {
+        let Some(fd) = self.fd() else { return Ok(()) };
+        loop {
+            // SAFETY: fallocate takes numbers only.
+            if unsafe { libc::fallocate(fd, mode, offset as i64, len as i64) } == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Unmaps pages from the user's mapping. Shared pages stay in memory.
+    pub fn zap(&self, offset: usize, len: usize) -> io::Result<()> {
+        assert!(offset + len <= self.len);
+        // SAFETY: the range lies in the user's mapping, which this value owns.
+        if unsafe { libc::madvise((self.main + offset) as *mut libc::c_void, len, libc::MADV_DONTNEED) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// The bytes of a block through the view.
+    ///
+    /// # Safety
+    /// The caller owns every block of the range, none of them is mapped for the user, and their pages
+    /// are claimed.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn owned(&self, offset: usize, len: usize) -> &mut [u8] {
+        assert!(offset + len <= self.len && self.shared());
+        // SAFETY: in bounds of the view; the caller's ownership makes the slice the only access.
+        unsafe { std::slice::from_raw_parts_mut((self.view + offset) as *mut u8, len) }
+    }
+
+    /// The bytes of the block that `owner` fills, through the view.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) fn owned_block(&self, _owner: &Filling, start: usize, len: usize) -> &mut [u8] {
+        // SAFETY: a Filling owns its block exclusively, and the block is not mapped for the user.
+        unsafe { self.owned(start, len) }
+    }
+
+    /// The bytes of a block that its owner has unmapped, through the view.
+    pub(crate) fn resting_bytes(&self, start: usize, len: usize) -> &[u8] {
+        // SAFETY: only evictions call this, for a block in state Evicting that is not mapped: nobody
+        // else reads or writes its pages, through either mapping.
+        unsafe { self.owned(start, len) }
+    }
+
+    /// Copies bytes of blocks that the caller holds, and that are in memory, out through the view.
+    pub(crate) fn copy_held(&self, start: usize, into: &mut [u8]) {
+        // SAFETY: write-back and pread call this for blocks they own in state Cleaning or Writing.
+        unsafe { self.copy_out(start, into) }
+    }
+
+    /// Copies bytes into blocks that the caller holds, and that are in memory, through the view.
+    pub(crate) fn write_held(&self, start: usize, from: &[u8]) {
+        // SAFETY: pwrite calls this for blocks it owns in state Writing, from a buffer of its own.
+        unsafe { self.copy_in(start, from) }
+    }
+
+    /// Copies bytes of pinned, resident private memory, which has no view.
+    pub(crate) fn copy_private(&self, start: usize, into: &mut [u8]) {
+        assert!(!self.shared() && start + into.len() <= self.len);
+        // SAFETY: in bounds; the block is resident and pinned, so the touch needs no fill. Private
+        // memory is read-only for everybody.
+        unsafe { ptr::copy_nonoverlapping((self.main + start) as *const u8, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Makes a part of the user's mapping inaccessible for good.
+    pub(crate) fn forbid(&self, offset: usize, len: usize) {
+        assert!(offset + len <= self.len);
+        // SAFETY: the range lies in the user's mapping, which this value owns.
+        unsafe { libc::mprotect((self.main + offset) as *mut libc::c_void, len, libc::PROT_NONE) };
+    }
+
+    /// Copies bytes out through the view. Bytes that the user writes meanwhile come out old or new.
+    ///
+    /// # Safety
+    /// The caller owns every block of the range, and they are in memory.
+    pub unsafe fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        assert!(offset + into.len() <= self.len && self.shared());
+        // SAFETY: in bounds, and `into` is the caller's own memory. Racing stores of the user can only
+        // change bytes of the copy, which is what the caller is told.
+        unsafe { ptr::copy_nonoverlapping((self.view + offset) as *const u8, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies bytes in through the view.
+    ///
+    /// # Safety
+    /// As for [`Memory::copy_out`].
+    pub unsafe fn copy_in(&self, offset: usize, from: &[u8]) {
+        assert!(offset + from.len() <= self.len && self.shared());
+        // SAFETY: in bounds, and `from` is the caller's own memory, never the region's.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), (self.view + offset) as *mut u8, from.len()) }
+    }
+
+    /// Replaces the user's mapping by one that cannot be touched: a later touch is SIGSEGV.
+    pub fn seal(&self) {
+        let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // Replacing a mapping by one of the same size needs no new map entry; a failure would leave
+        // memory that nobody serves, and that would read as zeros: better to stop here.
+        map(self.main, self.len, libc::PROT_NONE, flags, -1).expect("replacing a mapping by PROT_NONE");
+    }
+
+    /// Gives back the view and its pages. The user's mapping must be sealed.
+    pub fn drop_view(&self) {
+        if self.shared() {
+            unmap(self.view, self.len);
+        }
+    }
+
+    /// Gives back the user's address range. Nobody may hold a pointer into it.
+    pub fn unmap_main(&self) {
+        unmap(self.main, self.len);
+    }
+}

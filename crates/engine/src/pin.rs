@@ -1,0 +1,170 @@
+//! Pins: blocks that stay mapped, for system calls, devices and impatient loops.
+//!
+//! A pinned block is resident and is not evicted. Through a pin with `write` a device may write behind
+//! every page table (O_DIRECT reads into the region, io_uring's fixed buffers, RDMA): such blocks are
+//! dirty at every flush until the pin ends, and once more when it does.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::block::State;
+use crate::body::Body;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::table::Table;
+
+/// A pinned range; dropping it unpins.
+#[derive(Debug)]
+pub struct Pin {
+    body: Arc<Body>,
+    blocks: Range<u32>,
+    write: bool,
+    released: bool,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Engine")
+    }
+}
+
+/// Adds a pin to a block; returns the bytes that are newly pinned.
+fn add(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
+    let pins = table.pins.entry(block).or_default();
+    pins.count += 1;
+    pins.writers += u32::from(write);
+    if pins.count == 1 { body.block_len(block) as u64 } else { 0 }
+}
+
+/// Takes a pin away; returns the bytes that are pinned no more.
+fn take(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
+    if write {
+        table.mark_dirty(body.pages(block));
+    }
+    let Some(pins) = table.pins.get_mut(&block) else { return 0 };
+    pins.count -= 1;
+    pins.writers -= u32::from(write);
+    if pins.count > 0 {
+        return 0;
+    }
+    table.pins.remove(&block);
+    body.block_len(block) as u64
+}
+
+/// Waits until a pinned block is resident.
+fn make_resident(engine: &'static Engine, body: &Arc<Body>, block: u32) -> Result<(), Error> {
+    use crate::block::Purpose;
+    loop {
+        let mut table = body.lock();
+        if table.closed {
+            return Err(Error::Closed);
+        }
+        match table.state(block) {
+            State::Resident => return Ok(()),
+            State::Poisoned => return Err(crate::poison::error(&table, body, block)),
+            State::Absent => {
+                table.claim(block, Purpose::Fill);
+                drop(table);
+                engine.submit_fill(body, block);
+            }
+            State::Resting => {
+                table.claim(block, Purpose::Map);
+                drop(table);
+                engine.bring_back(body, block);
+            }
+            _ => body.sleep(&mut table, Duration::from_millis(100)),
+        }
+    }
+}
+
+impl Pin {
+    /// Pins `blocks` and makes them resident.
+    pub(crate) fn new(
+        engine: &'static Engine,
+        body: &Arc<Body>,
+        blocks: Range<u32>,
+        write: bool,
+    ) -> Result<Pin, Error> {
+        if write && !body.writable() {
+            return Err(Error::ReadOnly);
+        }
+        let mut fresh = 0;
+        {
+            let mut table = body.lock();
+            for block in blocks.clone() {
+                fresh += add(&mut table, body, block, write);
+            }
+        }
+        let mut pin = Pin { body: body.clone(), blocks: blocks.clone(), write, released: false };
+        let pools = [body.own_pool.as_deref(), Some(&*engine.pool)];
+        for (index, pool) in pools.iter().flatten().enumerate() {
+            if let Err(room) = pool.pin(fresh) {
+                for earlier in pools.iter().flatten().take(index) {
+                    earlier.unpin(fresh);
+                }
+                pin.undo();
+                return Err(Error::Memory { asked: fresh, limit: room, what: "the pin".into() });
+            }
+        }
+        for block in blocks {
+            make_resident(engine, body, block)?;
+        }
+        Ok(pin)
+    }
+
+    /// Takes the marks away without giving back what was never taken from the pools.
+    fn undo(&mut self) -> u64 {
+        self.released = true;
+        let mut table = self.body.lock();
+        self.blocks.clone().map(|block| take(&mut table, &self.body, block, self.write)).sum()
+    }
+
+    /// Ends the pin. Does nothing the second time, or in a forked child.
+    pub fn release(&mut self) {
+        if self.released || self.body.generation != crate::fork::generation() {
+            return;
+        }
+        let freed = self.undo();
+        if let Some(engine) = Engine::existing() {
+            for pool in [self.body.own_pool.as_deref(), Some(&*engine.pool)].into_iter().flatten() {
+                pool.unpin(freed);
+            }
+        }
+    }
+
+    /// The pinned range: offset and length in bytes.
+    pub fn range(&self) -> (u64, u64) {
+        let start = self.body.start(self.blocks.start) as u64;
+        let end = (self.body.start(self.blocks.end) as u64).min(self.body.len as u64);
+        (start, end.saturating_sub(start))
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+/// Keeps one block resident for the length of a copy. It counts as one of the blocks that a thread needs
+/// to run, not as pinned memory.
+pub(crate) struct Hold<'a> {
+    body: &'a Arc<Body>,
+    block: u32,
+}
+
+impl<'a> Hold<'a> {
+    pub(crate) fn new(engine: &'static Engine, body: &'a Arc<Body>, block: u32) -> Result<Hold<'a>, Error> {
+        add(&mut body.lock(), body, block, false);
+        let hold = Hold { body, block };
+        make_resident(engine, body, block)?;
+        Ok(hold)
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        take(&mut self.body.lock(), self.body, self.block, false);
+    }
+}

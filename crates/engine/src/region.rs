@@ -1,0 +1,503 @@
+//! The handle of a region: open, use, close.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use userfault_store::Store;
+
+use crate::block::State;
+use crate::body::{Body, COPY_LIMIT, Plan};
+use crate::clean;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::fork::{self, Kept};
+use crate::kernel::record;
+use crate::memory::{HUGE, Kind, Memory, hugetlb_free, small_page};
+use crate::pin::Pin;
+use crate::pool::{Pool, Queue};
+use crate::prefetch::{self, PrefetchTicket};
+use crate::stats::{self, Stats};
+use crate::table::BlockError;
+use crate::workers::Lead;
+use crate::{Access, Pages, RegionOptions, access, evict, poison, staging};
+
+/// The largest block, bytes.
+pub const LARGEST_BLOCK: usize = 64 << 20;
+
+/// The block of "auto" on small pages, bytes: a fault costs a few microseconds beside the copy of so much.
+pub const AUTO_SMALL: usize = 64 << 10;
+
+/// Regions from this size on get huge pages with "auto", if the limit holds as many blocks of 2 MiB as
+/// this size does. Bytes.
+pub const AUTO_HUGE_FROM: u64 = 64 << 20;
+
+const OPEN: u8 = 0;
+const SEALED: u8 = 1;
+
+/// Memory under user-space paging.
+#[derive(Debug)]
+pub struct Region {
+    body: Arc<Body>,
+    state: AtomicU8,
+}
+
+struct Shape {
+    block: usize,
+    huge: bool,
+}
+
+fn shape(options: &RegionOptions, store: &dyn Store, limit: u64) -> Result<Shape, Error> {
+    let page = small_page();
+    if let Some(block) = options.block
+        && !(block.is_power_of_two() && (page..=LARGEST_BLOCK).contains(&block))
+    {
+        return Err(Error::Invalid(format!(
+            "block is {block} bytes; it must be a power of two from {page} to {LARGEST_BLOCK}"
+        )));
+    }
+    let preferred = store.preferred_block().next_power_of_two().clamp(page, LARGEST_BLOCK);
+    let roomy = options.len >= AUTO_HUGE_FROM && limit >= AUTO_HUGE_FROM;
+    match (options.pages, options.block) {
+        (Pages::Huge, Some(block)) if block < HUGE => Err(Error::Invalid(format!(
+            "pages=\"2MiB\" with a block of {block} bytes: a page is never larger than its block; ask for a block \
+             of at least {HUGE} bytes or for pages=\"4KiB\""
+        ))),
+        (Pages::Huge, block) => Ok(Shape { block: block.unwrap_or(HUGE.max(preferred)), huge: true }),
+        (Pages::Small, block) => Ok(Shape { block: block.unwrap_or(AUTO_SMALL.max(preferred)), huge: false }),
+        (Pages::Auto, Some(block)) => Ok(Shape { block, huge: block >= HUGE && options.len >= HUGE as u64 }),
+        (Pages::Auto, None) if roomy => Ok(Shape { block: HUGE.max(preferred), huge: true }),
+        (Pages::Auto, None) => {
+            let block = AUTO_SMALL.max(preferred);
+            Ok(Shape { block, huge: block >= HUGE && options.len >= HUGE as u64 })
+        }
+    }
+}
+
+fn memory(options: &RegionOptions, shape: &Shape, limit: u64) -> Result<Memory, Error> {
+    let writable = options.access == Access::ReadWrite;
+    let length = |page: usize| (options.len as usize).next_multiple_of(page);
+    if shape.huge {
+        let wanted = (options.len.min(limit)).div_ceil(HUGE as u64);
+        let hugetlb = hugetlb_free() >= wanted;
+        let first = if hugetlb {
+            Memory::new(Kind::Hugetlb, length(HUGE), writable)
+        } else {
+            Memory::new(Kind::HugeTmpfs, length(HUGE), writable)
+        };
+        match first {
+            Ok(memory) => return Ok(memory),
+            Err(error) if options.pages == Pages::Huge => return Err(error),
+            Err(_) => {}
+        }
+    }
+    let kind = if writable || shape.block > COPY_LIMIT { Kind::Small } else { Kind::Private };
+    Memory::new(kind, length(small_page()), writable)
+}
+
+impl Region {
+    /// Opens `options.len` bytes of `store` as memory.
+    pub fn open(store: Arc<dyn Store>, options: RegionOptions) -> Result<Arc<Region>, Error> {
+        if options.len == 0 {
+            return Err(Error::Invalid("the region would be empty; the length must be at least 1 byte".into()));
+        }
+        if usize::try_from(options.len).is_err() || options.len > 1 << 46 {
+            return Err(Error::Invalid(format!("{} bytes do not fit into the address space", options.len)));
+        }
+        if options.access == Access::ReadWrite && !store.writable() {
+            return Err(Error::ReadOnly);
+        }
+        let engine = Engine::current()?;
+        let limit = options.memory_limit.unwrap_or_else(|| engine.pool.figures().limit);
+        let shape = shape(&options, &*store, limit)?;
+        let memory = memory(&options, &shape, limit)?;
+        let own_pool = options.memory_limit.map(|limit| Arc::new(Pool::new(limit)));
+        let body = Arc::new(Body::new(Plan {
+            id: engine.next_id(),
+            name: options.name,
+            access: options.access,
+            on_error: options.on_error,
+            retry_for: options.retry_for,
+            store,
+            store_offset: options.offset,
+            len: options.len as usize,
+            memory,
+            block: shape.block,
+            own_pool,
+        }));
+        engine.pool.admit(body.block as u64);
+        if let Some(own) = &body.own_pool {
+            own.admit(body.block as u64);
+        }
+        engine.admit(&body);
+        let region = Arc::new(Region { body, state: AtomicU8::new(OPEN) });
+        fork::keep(&region.kept());
+        engine.register(&region.body)?;
+        Ok(region)
+    }
+
+    /// What a forked child must not get.
+    fn kept(&self) -> Vec<Kept> {
+        let memory = &self.body.memory;
+        let mut kept = vec![Kept::Range(memory.main(), memory.len())];
+        if memory.shared() {
+            kept.push(Kept::Range(memory.view(), memory.len()));
+        }
+        kept.extend(memory.fd().map(Kept::Descriptor));
+        kept
+    }
+
+    fn engine(&self) -> Result<&'static Engine, Error> {
+        if self.body.generation != fork::generation() {
+            return Err(Error::Forked);
+        }
+        if self.state.load(Ordering::Acquire) != OPEN {
+            return Err(Error::Closed);
+        }
+        Engine::existing().ok_or(Error::Forked)
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<(), Error> {
+        if offset.checked_add(len).is_none_or(|end| end > self.body.len as u64) {
+            return Err(Error::Invalid(format!(
+                "{len} bytes at offset {offset} lie outside of the region of {} bytes",
+                self.body.len
+            )));
+        }
+        Ok(())
+    }
+
+    /// Start of the memory.
+    pub fn base(&self) -> *mut u8 {
+        self.body.memory.main() as *mut u8
+    }
+
+    /// Bytes asked for.
+    pub fn len(&self) -> usize {
+        self.body.len
+    }
+
+    /// Never: a region has at least one byte.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// Bytes of a block.
+    pub fn block(&self) -> usize {
+        self.body.block
+    }
+
+    /// Bytes of a page of the memory.
+    pub fn page(&self) -> usize {
+        if self.body.memory.huge() { HUGE } else { small_page() }
+    }
+
+    /// What the memory is made of.
+    pub fn pages(&self) -> &'static str {
+        self.body.memory.kind().name()
+    }
+
+    /// Read-only or not.
+    pub fn access(&self) -> Access {
+        self.body.access
+    }
+
+    /// True once the region is closed, or belongs to another process.
+    pub fn is_closed(&self) -> bool {
+        self.engine().is_err()
+    }
+
+    /// True if system calls on absent memory wait like any touch; false if they fail with EFAULT.
+    pub fn kernel_faults(&self) -> bool {
+        Engine::existing().is_some_and(|engine| engine.uffd.kernel_faults())
+    }
+
+    /// Writes back what is dirty in a range, and returns when it, and everything written back before, is
+    /// durable. Raises an error that the background write-back met since the last flush, once.
+    pub fn flush(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.check(offset, len)?;
+        let engine = self.engine()?;
+        clean::flush(engine, &self.body, self.body.blocks(offset, len))
+    }
+
+    /// Brings blocks in ahead of their touch; `(offset, length)` in bytes. What the limit cannot hold is
+    /// left out.
+    pub fn prefetch(&self, ranges: &[(u64, u64)]) -> Result<PrefetchTicket, Error> {
+        let engine = self.engine()?;
+        let mut blocks = Vec::with_capacity(ranges.len());
+        for &(offset, len) in ranges {
+            self.check(offset, len)?;
+            blocks.push(self.body.blocks(offset, len));
+        }
+        Ok(prefetch::start(engine, &self.body, &blocks))
+    }
+
+    /// Brings a range in and keeps it there until the pin is dropped.
+    pub fn pin(&self, offset: u64, len: u64, write: bool) -> Result<Pin, Error> {
+        self.check(offset, len)?;
+        Pin::new(self.engine()?, &self.body, self.body.blocks(offset, len), write)
+    }
+
+    /// Writes back and releases the blocks of a range. Pinned blocks stay.
+    pub fn evict(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.check(offset, len)?;
+        let engine = self.engine()?;
+        for block in self.body.blocks(offset, len) {
+            while !evict::now(engine, &self.body, block, &mut Lead::none(engine)) {
+                let mut table = self.body.lock();
+                if table.closed {
+                    return Err(Error::Closed);
+                }
+                if table.pins.contains_key(&block) {
+                    break;
+                }
+                if !table.state(block).exclusive() && table.home.any(self.body.pages(block)) {
+                    return Err(table.pending.take().unwrap_or(Error::Closed));
+                }
+                self.body.sleep(&mut table, Duration::from_millis(20));
+            }
+        }
+        Ok(())
+    }
+
+    /// One byte for each block of a range: 0 absent, 1 resident, 2 resting, 3 poisoned. A block that is
+    /// changing hands counts as what it was or will be in memory.
+    pub fn resident(&self, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
+        self.check(offset, len)?;
+        self.engine()?;
+        let table = self.body.lock();
+        Ok(self
+            .body
+            .blocks(offset, len)
+            .map(|block| match table.state(block) {
+                State::Absent | State::Filling => 0,
+                State::Resident | State::Cleaning | State::Writing => 1,
+                State::Resting | State::Evicting => 2,
+                State::Poisoned | State::Poisoning => 3,
+            })
+            .collect())
+    }
+
+    /// The blocks that have been given up and not healed.
+    pub fn errors(&self) -> Vec<BlockError> {
+        if self.body.generation != fork::generation() {
+            return Vec::new();
+        }
+        self.body.lock().errors.clone()
+    }
+
+    /// Tries the poisoned blocks of a range again; returns the bytes healed. Fails with the first block
+    /// that still cannot be had.
+    pub fn heal(&self, offset: u64, len: u64) -> Result<u64, Error> {
+        self.check(offset, len)?;
+        let engine = self.engine()?;
+        let mut healed = 0;
+        for block in self.body.blocks(offset, len) {
+            healed += poison::heal(engine, &self.body, block)?;
+        }
+        Ok(healed)
+    }
+
+    /// Copies bytes out without touching the memory.
+    pub fn pread(&self, into: &mut [u8], offset: u64) -> Result<(), Error> {
+        self.check(offset, into.len() as u64)?;
+        access::read(self.engine()?, &self.body, into, offset)
+    }
+
+    /// Copies bytes in without touching the memory. `data` may itself lie in a region.
+    pub fn pwrite(&self, data: &[u8], offset: u64) -> Result<(), Error> {
+        self.check(offset, data.len() as u64)?;
+        access::write(self.engine()?, &self.body, data, offset)
+    }
+
+    /// Reads up to `len` bytes of a descriptor into the region; returns how many there were.
+    pub fn read_from_fd(&self, fd: std::os::fd::RawFd, offset: u64, len: u64) -> Result<u64, Error> {
+        self.check(offset, len)?;
+        access::read_from(self.engine()?, &self.body, fd, offset, len)
+    }
+
+    /// Figures of this region.
+    pub fn stats(&self) -> Stats {
+        if self.body.generation != fork::generation() {
+            return Stats::default();
+        }
+        let mut stats = of_body(&self.body);
+        if let Some(engine) = Engine::existing() {
+            stats.limit = engine.pool_of(&self.body).figures().limit;
+        }
+        stats::percentiles(&[&self.body.counters.latency], &mut stats);
+        stats
+    }
+
+    /// Flushes, then gives the memory up: a later touch is SIGSEGV. After an error the region is open as
+    /// before, and the data is there. Closing again does nothing.
+    pub fn close(&self) -> Result<(), Error> {
+        let engine = match self.engine() {
+            Ok(engine) => engine,
+            // In a forked child there is nothing to close, and the second close does nothing.
+            Err(_) => return Ok(()),
+        };
+        let body = &self.body;
+        clean::flush(engine, body, 0..body.all_blocks())?;
+        {
+            let mut table = body.lock();
+            if table.closed {
+                return Ok(());
+            }
+            table.closed = true;
+        }
+        self.wait_for_owners(None);
+        // From here on nobody maps anything. What was written since the flush is still caught: unmap,
+        // gather the evidence, write. A thread that touches meanwhile sleeps until the seal.
+        let last = self.gather().and_then(|()| clean::flush(engine, body, 0..body.all_blocks()));
+        if let Err(error) = last {
+            body.lock().closed = false;
+            for block in 0..body.all_blocks() {
+                if body.lock().state(block) == State::Resting {
+                    engine.seat(body, block, Queue::Resting);
+                }
+                engine.wake(body, block);
+            }
+            return Err(error);
+        }
+        self.seal(engine);
+        Ok(())
+    }
+
+    /// Gives the memory up without writing anything back.
+    pub fn abandon(&self) {
+        let Ok(engine) = self.engine() else { return };
+        {
+            let mut table = self.body.lock();
+            if table.closed {
+                return;
+            }
+            table.closed = true;
+        }
+        self.wait_for_owners(Some(self.body.retry_for + Duration::from_secs(2)));
+        self.seal(engine);
+    }
+
+    fn wait_for_owners(&self, at_most: Option<Duration>) {
+        let began = Instant::now();
+        let mut table = self.body.lock();
+        while table.owned > 0 && at_most.is_none_or(|limit| began.elapsed() < limit) {
+            self.body.sleep(&mut table, Duration::from_millis(50));
+        }
+    }
+
+    /// Unmaps everything and gathers the evidence.
+    fn gather(&self) -> Result<(), Error> {
+        let body = &self.body;
+        let Some(engine) = Engine::existing() else { return Err(Error::Forked) };
+        for block in 0..body.all_blocks() {
+            if body.lock().state(block) != State::Resident || !body.memory.shared() {
+                continue;
+            }
+            if body.memory.zap(body.start(block), body.block_len(block)).is_err() {
+                return Err(Error::last_os("madvise", "the program changed the region's mapping itself"));
+            }
+            let harvest = engine.harvest_zapped(body, block);
+            let mut table = body.lock();
+            record(&mut table, &harvest);
+            table.rest_for_close(block);
+        }
+        Ok(())
+    }
+
+    fn seal(&self, engine: &'static Engine) {
+        let body = &self.body;
+        body.memory.seal();
+        // Sleepers find PROT_NONE now, and get SIGSEGV instead of sleeping on.
+        let _ = engine.uffd.wake(body.memory.main(), body.memory.len());
+        engine.dismiss(body);
+        engine.pool_of(body).forget(body.id);
+        let (bytes, idle) = {
+            let table = body.lock();
+            let bytes: usize = (0..table.blocks() as u32)
+                .filter(|block| matches!(table.state(*block), State::Resident | State::Resting))
+                .map(|block| body.block_len(block))
+                .sum();
+            (bytes as u64, table.owned == 0 && table.hung.is_empty())
+        };
+        engine.give_back(body, bytes);
+        let mut gone = self.kept();
+        gone.remove(0);
+        if idle {
+            body.memory.drop_view();
+            fork::forget(&gone);
+        }
+        // Otherwise a read that never came back may still write to the view: it stays, for good.
+        self.state.store(SEALED, Ordering::Release);
+    }
+}
+
+impl Drop for Region {
+    /// Nobody can hold a pointer into the memory any more.
+    fn drop(&mut self) {
+        if self.body.generation != fork::generation() {
+            // The parent's memory is not mapped here; its descriptors were closed at the fork.
+            std::mem::forget(self.body.clone());
+            return;
+        }
+        self.abandon();
+        if self.state.load(Ordering::Acquire) == SEALED {
+            fork::forget(&[Kept::Range(self.body.memory.main(), self.body.memory.len())]);
+            self.body.memory.unmap_main();
+        }
+    }
+}
+
+fn of_body(body: &Body) -> Stats {
+    let mut stats = Stats { regions: 1, ..Stats::default() };
+    body.counters.add_to(&mut stats);
+    let table = body.lock();
+    stats.resident = (table.resident * body.block) as u64;
+    stats.resting = (table.resting * body.block) as u64;
+    stats.used = ((table.resident + table.resting + table.owned) * body.block).min(body.memory.len()) as u64;
+    stats.dirty = (table.home.count() * body.memory.page()) as u64;
+    stats.pinned = (table.pins.len() * body.block) as u64;
+    if body.memory.kind() == Kind::Hugetlb {
+        stats.hugetlb = stats.resident + stats.resting;
+    }
+    stats
+}
+
+/// Figures of the whole process.
+pub fn stats() -> Stats {
+    let mut total = Stats::default();
+    let Some(engine) = Engine::existing() else {
+        return total;
+    };
+    let bodies = engine.bodies();
+    for body in &bodies {
+        let one = of_body(body);
+        body.counters.add_to(&mut total);
+        total.regions += 1;
+        total.resident += one.resident;
+        total.resting += one.resting;
+        total.hugetlb += one.hugetlb;
+        total.dirty += one.dirty;
+        total.pinned += one.pinned;
+    }
+    engine.past.add_to(&mut total);
+    let figures = engine.pool.figures();
+    (total.limit, total.used) = (figures.limit, figures.used);
+    total.staging = staging::STAGED.load(Ordering::Relaxed);
+    let histograms: Vec<_> =
+        bodies.iter().map(|body| &body.counters.latency).chain([&engine.past.latency]).collect();
+    stats::percentiles(&histograms, &mut total);
+    total
+}
+
+/// Sets the limit of the process; `None` is "auto". Returns the old one. Shrinking evicts at once.
+pub fn set_memory_limit(limit: Option<u64>) -> Result<u64, Error> {
+    let engine = Engine::current()?;
+    if limit == Some(0) {
+        return Err(Error::Invalid("a memory limit of 0 bytes: at least four blocks are needed to run".into()));
+    }
+    let old = engine.pool.set_limit(limit.unwrap_or_else(crate::limit::auto));
+    *engine.auto_limit.lock() = limit.is_none();
+    engine.shrink();
+    Ok(old)
+}

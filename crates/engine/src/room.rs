@@ -1,0 +1,192 @@
+//! Making room: every byte of memory is asked for here before it is used.
+//!
+//! A region with a limit of its own asks its own pool first, then the process's. Under a cgroup's limit
+//! the gate also looks at the cgroup's headroom, since the kernel kills where it could say no.
+
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::block::{Purpose, State};
+use crate::body::Body;
+use crate::engine::Engine;
+use crate::evict;
+use crate::limit::{CGROUP_MARGIN, Cgroup};
+use crate::memory::Kind;
+use crate::pool::{Pool, Queue, Seat, Victim};
+use crate::workers::Lead;
+
+/// Headroom is looked at once for so much growth, bytes.
+const STRIDE: i64 = 16 << 20;
+
+/// Watches a cgroup's headroom.
+pub(crate) struct Gate {
+    cgroup: Option<Cgroup>,
+    /// Bytes that may be used before headroom is looked at again.
+    allowance: AtomicI64,
+    looking: Mutex<()>,
+}
+
+impl Gate {
+    pub(crate) fn new() -> Gate {
+        let cgroup = Cgroup::current().filter(|cgroup| cgroup.limit().is_some());
+        Gate { cgroup, allowance: AtomicI64::new(0), looking: Mutex::new(()) }
+    }
+
+    /// True if the machine leaves `bytes` more. `own` is what the engine holds already.
+    fn pass(&self, bytes: u64) -> bool {
+        let Some(cgroup) = &self.cgroup else { return true };
+        if self.allowance.fetch_sub(bytes as i64, Ordering::Relaxed) >= bytes as i64 {
+            return true;
+        }
+        let _looking = self.looking.lock();
+        let room = cgroup.headroom().unwrap_or(u64::MAX) as i64 - CGROUP_MARGIN as i64 - bytes as i64;
+        if room > 0 {
+            self.allowance.store(room.min(STRIDE), Ordering::Relaxed);
+            return true;
+        }
+        self.allowance.fetch_add(bytes as i64, Ordering::Relaxed);
+        false
+    }
+
+    fn give_back(&self, bytes: u64) {
+        if self.cgroup.is_some() {
+            // What was given back can be taken again; more than a stride is not saved up.
+            let _ = self.allowance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |allowance| {
+                Some((allowance + bytes as i64).min(STRIDE))
+            });
+        }
+    }
+}
+
+impl Engine {
+    /// Takes `bytes` for a block of `body`, or names the pool that is full.
+    fn reserve<'a>(&'a self, body: &'a Body, bytes: u64) -> Result<(), &'a Pool> {
+        let own = body.own_pool.as_deref();
+        if let Some(own) = own
+            && !own.reserve(bytes)
+        {
+            return Err(own);
+        }
+        let in_cgroup = body.memory.kind() != Kind::Hugetlb;
+        let fits = self.pool.reserve(bytes);
+        // A pool that holds next to nothing may always grow to what it needs to run.
+        if fits && (!in_cgroup || self.gate.pass(bytes)) {
+            return Ok(());
+        }
+        if fits {
+            self.pool.give_back(bytes);
+        }
+        if let Some(own) = own {
+            own.give_back(bytes);
+        }
+        Err(&self.pool)
+    }
+
+    /// Gives back the bytes of a block.
+    pub(crate) fn give_back(&self, body: &Body, bytes: u64) {
+        if let Some(own) = &body.own_pool {
+            own.give_back(bytes);
+        }
+        self.pool.give_back(bytes);
+        if body.memory.kind() != Kind::Hugetlb {
+            self.gate.give_back(bytes);
+        }
+    }
+
+    /// Takes `bytes` for a block of `body`, evicting others as needed. False: not now.
+    ///
+    /// The caller may own blocks, but holds no lock; nothing here waits for an owned block.
+    pub(crate) fn make_room(&self, body: &Body, bytes: u64, thread: u32, lead: &mut Lead) -> bool {
+        let mut fruitless = 0;
+        loop {
+            let full = match self.reserve(body, bytes) {
+                Ok(()) => return true,
+                Err(pool) => pool,
+            };
+            let victim = self.victim_of(full, thread);
+            let progress = match victim {
+                Victim::NotNow => return false,
+                Victim::Zap(seat) => self.with_seat(seat, |victim| evict::zap(self, victim, seat.block)),
+                Victim::Release(seat) => self.with_seat(seat, |victim| evict::release(self, victim, seat.block, lead)),
+            };
+            fruitless = if progress { 0 } else { fruitless + 1 };
+            // Everything that could leave has been looked at and cannot: pinned, owned, or not writable.
+            if fruitless > 64 + full.entries() / 4 {
+                return false;
+            }
+        }
+    }
+
+    /// Evicts until no pool is over its limit, or nothing can leave.
+    pub(crate) fn shrink(&'static self) {
+        let mut lead = Lead::none(self);
+        let mut fruitless = 0;
+        while self.pool.over() && fruitless < 1000 {
+            let progress = match self.victim_of(&self.pool, 0) {
+                Victim::NotNow => break,
+                Victim::Zap(seat) => self.with_seat(seat, |victim| evict::zap(self, victim, seat.block)),
+                Victim::Release(seat) => self.with_seat(seat, |victim| evict::release(self, victim, seat.block, &mut lead)),
+            };
+            fruitless = if progress { 0 } else { fruitless + 1 };
+        }
+    }
+
+    /// Who leaves `full`. When the process is full, regions with pools of their own give too.
+    fn victim_of(&self, full: &Pool, thread: u32) -> Victim {
+        match full.choose(thread, self.now_ms()) {
+            Victim::NotNow if std::ptr::eq(full, &*self.pool) => self
+                .bodies()
+                .iter()
+                .filter_map(|body| body.own_pool.clone())
+                .map(|pool| pool.choose(thread, self.now_ms()))
+                .find(|victim| *victim != Victim::NotNow)
+                .unwrap_or(Victim::NotNow),
+            victim => victim,
+        }
+    }
+
+    fn with_seat(&self, seat: Seat, act: impl FnOnce(&Body) -> bool) -> bool {
+        self.by_id(seat.region).is_some_and(|body| act(&body))
+    }
+
+    /// The pool whose queues a region's blocks are in.
+    pub(crate) fn pool_of<'a>(&'a self, body: &'a Body) -> &'a Pool {
+        body.own_pool.as_deref().unwrap_or(&self.pool)
+    }
+
+    /// Puts a block into its pool's queues, and sweeps out stale entries when they pile up.
+    pub(crate) fn seat(&self, body: &Body, block: u32, queue: Queue) {
+        let pool = self.pool_of(body);
+        pool.seat(queue, body.seat(block), body.block_len(block), self.now_ms());
+        let figures = pool.figures();
+        if pool.entries() as u64 * (body.block as u64) > 4 * figures.limit + (64 * body.block as u64) {
+            let mut seen = std::collections::HashSet::new();
+            pool.sweep(|seat, queue| {
+                let state = self.by_id(seat.region).map(|body| body.lock().state(seat.block));
+                let fits = match queue {
+                    Queue::Resting => state == Some(State::Resting),
+                    _ => matches!(state, Some(State::Resident | State::Cleaning | State::Writing | State::Filling)),
+                };
+                fits && seen.insert(seat)
+            });
+        }
+    }
+}
+
+/// Claims a block for eviction out of `from`. One that is pinned, or owned for the moment, keeps a place
+/// in the queue it was taken from; the entry of one that has gone elsewhere is dropped.
+pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State) -> bool {
+    let mut table = body.lock();
+    let state = table.state(block);
+    if state == from && table.claim(block, Purpose::Evict) {
+        return true;
+    }
+    let closed = table.closed;
+    drop(table);
+    if !closed && (state == from || state.exclusive()) {
+        let queue = if from == State::Resting { Queue::Resting } else { Queue::Main };
+        engine.seat(body, block, queue);
+    }
+    false
+}

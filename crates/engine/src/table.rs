@@ -1,0 +1,173 @@
+//! The block table: the one owner of "where is this block now" for a region.
+//!
+//! It is plain data behind the region's lock. No I/O and no system call happens while the lock is held;
+//! whoever needs to do either claims the block first, lets go of the lock, and releases the block at the
+//! end. Untouched parts of the table cost no memory: every array starts as untouched zeros.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::time::SystemTime;
+
+use crate::block::{self, Purpose, State};
+use crate::dirty::DirtyMap;
+use crate::error::Error;
+
+/// Somebody faulted on the block while it was owned: wake it at the end.
+const WAITED: u8 = 1;
+
+/// A block that could not be had.
+#[derive(Debug, Clone)]
+pub struct BlockError {
+    /// Offset in the region, bytes.
+    pub offset: u64,
+    /// Length, bytes.
+    pub len: u64,
+    /// The store's error number, 0 if it has none.
+    pub errno: i32,
+    /// The cause.
+    pub message: String,
+    /// When the block was given up.
+    pub time: SystemTime,
+}
+
+/// How often a block is pinned.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pins {
+    /// All pins.
+    pub count: u32,
+    /// Those through which a device may write.
+    pub writers: u32,
+}
+
+/// The state of every block of a region.
+#[derive(Debug)]
+pub struct Table {
+    state: Vec<u8>,
+    flags: Vec<u8>,
+    /// For each absent block, the pool's eviction number when it left (0: never evicted).
+    ghosts: Vec<u32>,
+    pub(crate) pins: HashMap<u32, Pins>,
+    /// Pages that differ from their home; the store's consumer.
+    pub(crate) home: DirtyMap,
+    /// Reads that may hang, by block: the ticket of the reader who still owns the fill.
+    pub(crate) reads: HashMap<u32, u64>,
+    /// Blocks whose memory a hung read may still write to.
+    pub(crate) hung: HashMap<u32, u64>,
+    pub(crate) errors: Vec<BlockError>,
+    /// The write-back error that the next flush or close raises.
+    pub(crate) pending: Option<Error>,
+    /// Threads that sleep until some block changes state.
+    pub(crate) sleepers: usize,
+    /// Blocks in memory, by state.
+    pub(crate) resident: usize,
+    pub(crate) resting: usize,
+    /// Blocks that somebody owns.
+    pub(crate) owned: usize,
+    /// Set by close: no block is claimed any more.
+    pub(crate) closed: bool,
+}
+
+impl Table {
+    pub(crate) fn new(blocks: usize, pages: usize) -> Table {
+        Table {
+            state: vec![0; blocks],
+            flags: vec![0; blocks],
+            ghosts: vec![0; blocks],
+            pins: HashMap::new(),
+            home: DirtyMap::new(pages),
+            reads: HashMap::new(),
+            hung: HashMap::new(),
+            errors: Vec::new(),
+            pending: None,
+            sleepers: 0,
+            resident: 0,
+            resting: 0,
+            owned: 0,
+            closed: false,
+        }
+    }
+
+    /// One past the last page that can be dirty.
+    pub(crate) fn home_pages(&self) -> usize {
+        self.home.pages()
+    }
+
+    pub(crate) fn blocks(&self) -> usize {
+        self.state.len()
+    }
+
+    pub(crate) fn state(&self, block: u32) -> State {
+        State::from_number(self.state[block as usize])
+    }
+
+    fn set(&mut self, block: u32, state: State) {
+        let old = self.state(block);
+        self.resident -= usize::from(old == State::Resident);
+        self.resting -= usize::from(old == State::Resting);
+        self.resident += usize::from(state == State::Resident);
+        self.resting += usize::from(state == State::Resting);
+        self.owned -= usize::from(old.exclusive());
+        self.owned += usize::from(state.exclusive());
+        self.state[block as usize] = state as u8;
+    }
+
+    /// Takes the block for `purpose`; false if its state does not allow it now. While a region is being
+    /// closed, blocks are only cleaned.
+    pub(crate) fn claim(&mut self, block: u32, purpose: Purpose) -> bool {
+        if self.closed && purpose != Purpose::Clean {
+            return false;
+        }
+        let state = self.state(block);
+        if purpose == Purpose::Evict && self.pins.contains_key(&block) {
+            return false;
+        }
+        let Some(next) = block::claim(state, purpose) else { return false };
+        self.set(block, next);
+        true
+    }
+
+    /// Ends ownership; true if somebody waits and must be woken.
+    pub(crate) fn release(&mut self, block: u32, state: State) -> bool {
+        debug_assert!(self.state(block).exclusive());
+        self.set(block, state);
+        let flags = &mut self.flags[block as usize];
+        let waited = *flags & WAITED != 0;
+        *flags &= !WAITED;
+        waited
+    }
+
+    /// Unmaps a block of a region that is being closed, when nobody owns any.
+    pub(crate) fn rest_for_close(&mut self, block: u32) {
+        debug_assert!(self.closed && self.state(block) == State::Resident);
+        self.set(block, State::Resting);
+    }
+
+    /// Goes from one exclusive state to another without letting go.
+    pub(crate) fn turn_into(&mut self, block: u32, state: State) {
+        debug_assert!(self.state(block).exclusive() && state.exclusive());
+        self.set(block, state);
+    }
+
+    /// Notes that a toucher waits for the owner.
+    pub(crate) fn wait(&mut self, block: u32) {
+        self.flags[block as usize] |= WAITED;
+    }
+
+    pub(crate) fn ghost(&self, block: u32) -> u32 {
+        self.ghosts[block as usize]
+    }
+
+    pub(crate) fn set_ghost(&mut self, block: u32, evictions: u32) {
+        self.ghosts[block as usize] = evictions;
+    }
+
+    /// True if a device may be writing to the block.
+    pub(crate) fn write_pinned(&self, block: u32) -> bool {
+        self.pins.get(&block).is_some_and(|pins| pins.writers > 0)
+    }
+
+    /// ORs a harvest of evidence into the map of every consumer.
+    pub(crate) fn mark_dirty(&mut self, pages: Range<usize>) {
+        self.home.insert(pages);
+    }
+}

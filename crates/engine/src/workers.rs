@@ -1,0 +1,179 @@
+//! The fault loop: threads that answer faults, one of which reads messages.
+//!
+//! Exactly one thread, the leader, sleeps in read(2) on the userfaultfd. It answers what it read itself,
+//! without a hop to another thread, as long as that needs no waiting. Before it waits (for a store, for
+//! a write-back) it hands the lead, and the messages it has not answered yet, to another thread. So a
+//! fault that is answered from the page cache costs no wake-up, and a slow store stops nobody else.
+//!
+//! All signals are blocked in these threads, and they live until the process ends. They never touch
+//! memory that they serve.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use parking_lot::{Condvar, Mutex};
+use userfault_uffd::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
+use userfault_uffd::{Message, MessageBuffer};
+
+use crate::block::Fault;
+use crate::engine::Engine;
+use crate::fill::Filling;
+use crate::signals::BlockedSignals;
+
+/// Threads at most, beside those that a hung store holds.
+const MOST_THREADS: usize = 64;
+
+/// Messages read at once.
+const BATCH: usize = 16;
+
+/// A thread that sleeps on a page.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Touch {
+    pub(crate) address: usize,
+    pub(crate) fault: Fault,
+    /// The sleeper's thread id.
+    pub(crate) thread: u32,
+    /// When the message was read.
+    pub(crate) read: Instant,
+}
+
+impl Touch {
+    /// Own regions ask for no events, so every message is a fault.
+    fn from_message(message: &Message, read: Instant) -> Option<Touch> {
+        let Message::Pagefault { flags, address, ptid } = *message else { return None };
+        let fault = if flags & UFFD_PAGEFAULT_FLAG_WP != 0 {
+            Fault::WriteProtect
+        } else if flags & UFFD_PAGEFAULT_FLAG_MINOR != 0 {
+            Fault::Minor
+        } else {
+            Fault::Missing
+        };
+        Some(Touch { address, fault, thread: ptid, read })
+    }
+}
+
+/// Something for a thread to do.
+pub(crate) enum Task {
+    /// Answer a fault that the leader had no time for.
+    Touch(Touch),
+    /// Go on with a fill that waited, or begin one that was asked for.
+    Fill(Filling),
+}
+
+#[derive(Default)]
+struct State {
+    leader: bool,
+    idle: usize,
+    threads: usize,
+    queue: VecDeque<Task>,
+}
+
+/// The threads of the fault loop.
+#[derive(Default)]
+pub(crate) struct Workers {
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+/// The lead, as long as it is held.
+pub(crate) struct Lead {
+    engine: &'static Engine,
+    held: bool,
+    unanswered: VecDeque<Touch>,
+}
+
+impl Lead {
+    /// A thread that has no lead to give up.
+    pub(crate) fn none(engine: &'static Engine) -> Lead {
+        Lead { engine, held: false, unanswered: VecDeque::new() }
+    }
+
+    /// To be called before anything that may wait.
+    pub(crate) fn give_up(&mut self) {
+        if !self.held {
+            return;
+        }
+        self.held = false;
+        let workers = &self.engine.workers;
+        let mut state = workers.state.lock();
+        state.leader = false;
+        state.queue.extend(self.unanswered.drain(..).map(Task::Touch));
+        workers.call(self.engine, state);
+    }
+}
+
+impl Workers {
+    /// Gets one more thread to look at the state.
+    fn call(&self, engine: &'static Engine, mut state: parking_lot::MutexGuard<'_, State>) {
+        if state.idle > 0 {
+            drop(state);
+            self.work.notify_one();
+        } else if state.threads < MOST_THREADS + engine.hung() {
+            state.threads += 1;
+            drop(state);
+            if !spawn(engine) {
+                self.state.lock().threads -= 1;
+            }
+        }
+    }
+
+    /// Begins to serve.
+    pub(crate) fn start(&self, engine: &'static Engine) -> bool {
+        self.state.lock().threads += 1;
+        spawn(engine)
+    }
+
+    /// Gives a task to the next free thread.
+    pub(crate) fn submit(&self, engine: &'static Engine, task: Task) {
+        let mut state = self.state.lock();
+        state.queue.push_back(task);
+        self.call(engine, state);
+    }
+
+    fn run(&self, engine: &'static Engine) {
+        let mut lead = Lead::none(engine);
+        let mut buffer = MessageBuffer::<BATCH>::new();
+        loop {
+            if !lead.held {
+                let mut state = self.state.lock();
+                loop {
+                    if let Some(task) = state.queue.pop_front() {
+                        drop(state);
+                        engine.perform(task);
+                        state = self.state.lock();
+                    } else if !state.leader {
+                        state.leader = true;
+                        lead.held = true;
+                        break;
+                    } else {
+                        state.idle += 1;
+                        self.work.wait(&mut state);
+                        state.idle -= 1;
+                    }
+                }
+            }
+            let messages = match engine.uffd.read_messages(&mut buffer) {
+                Ok(messages) => messages,
+                // A message is never lost by these two; anything else cannot happen on a blocking
+                // descriptor that is open and a buffer that is there.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => continue,
+                Err(error) => panic!("reading the userfaultfd: {error}"),
+            };
+            let read = Instant::now();
+            lead.unanswered.extend(messages.filter_map(|message| Touch::from_message(&message, read)));
+            while let Some(touch) = lead.unanswered.pop_front() {
+                engine.answer(&touch, &mut lead);
+            }
+        }
+    }
+}
+
+fn spawn(engine: &'static Engine) -> bool {
+    let blocked = BlockedSignals::all();
+    let spawned = std::thread::Builder::new()
+        .name("userfault".into())
+        .stack_size(256 << 10)
+        .spawn(move || engine.workers.run(engine));
+    drop(blocked);
+    spawned.is_ok()
+}

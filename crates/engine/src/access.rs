@@ -34,7 +34,11 @@ fn pieces(body: &Body, offset: u64, len: usize) -> impl Iterator<Item = Piece> {
         (start < end).then(|| {
             let block_end = (start / block_size + 1) * block_size;
             let stop = end.min(block_end).min(start + PIECE);
-            let piece = Piece { block: (start / block_size) as u32, start, len: stop - start };
+            let piece = Piece {
+                block: (start / block_size) as u32,
+                start,
+                len: stop - start,
+            };
             start = stop;
             piece
         })
@@ -42,7 +46,12 @@ fn pieces(body: &Body, offset: u64, len: usize) -> impl Iterator<Item = Piece> {
 }
 
 /// Copies bytes of the region into `into`.
-pub(crate) fn read(engine: &'static Engine, body: &Arc<Body>, into: &mut [u8], offset: u64) -> Result<(), Error> {
+pub(crate) fn read(
+    engine: &'static Engine,
+    body: &Arc<Body>,
+    into: &mut [u8],
+    offset: u64,
+) -> Result<(), Error> {
     let mut buffer = vec![0; into.len().min(PIECE)];
     let mut done = 0;
     for piece in pieces(body, offset, into.len()) {
@@ -63,7 +72,12 @@ pub(crate) fn read(engine: &'static Engine, body: &Arc<Body>, into: &mut [u8], o
 }
 
 /// Writes `data` into the region. Blocks that are overwritten whole are not read first.
-pub(crate) fn write(engine: &'static Engine, body: &Arc<Body>, data: &[u8], offset: u64) -> Result<(), Error> {
+pub(crate) fn write(
+    engine: &'static Engine,
+    body: &Arc<Body>,
+    data: &[u8],
+    offset: u64,
+) -> Result<(), Error> {
     if !body.writable() {
         return Err(Error::ReadOnly);
     }
@@ -81,28 +95,44 @@ pub(crate) fn write(engine: &'static Engine, body: &Arc<Body>, data: &[u8], offs
 }
 
 /// As [`write`], from memory of the engine's own.
-fn write_own(engine: &'static Engine, body: &Arc<Body>, bytes: &[u8], start: usize) -> Result<(), Error> {
+fn write_own(
+    engine: &'static Engine,
+    body: &Arc<Body>,
+    bytes: &[u8],
+    start: usize,
+) -> Result<(), Error> {
     let end = start + bytes.len();
     for block in body.blocks(start as u64, bytes.len() as u64) {
         let block_start = body.start(block);
-        let (from, to) = (start.max(block_start), end.min(block_start + body.block_len(block)));
+        let (from, to) = (
+            start.max(block_start),
+            end.min(block_start + body.block_len(block)),
+        );
         // The tail of the last block beyond the region's end counts as overwritten: it stays zero.
-        let whole = from == block_start && to >= (block_start + body.block_len(block)).min(body.len);
-        let before = if whole { claim_to_overwrite(engine, body, block)? } else {
+        let whole =
+            from == block_start && to >= (block_start + body.block_len(block)).min(body.len);
+        let before = if whole {
+            claim_to_overwrite(engine, body, block)?
+        } else {
             engine.claim_in_memory(body, block, Purpose::Write)?
         };
         let pages = from / body.memory.page()..to.div_ceil(body.memory.page());
         // The kernel does not see writes through the view: the bits are set by hand, before anybody can
         // take the block away.
         body.lock().mark_dirty(pages);
-        body.memory.write_held(from, &bytes[from - start..to - start]);
+        body.memory
+            .write_held(from, &bytes[from - start..to - start]);
         let_go(engine, body, block, before);
     }
     Ok(())
 }
 
 /// Claims a block that will be overwritten whole; an absent one gets memory, but is not read.
-fn claim_to_overwrite(engine: &'static Engine, body: &Arc<Body>, block: u32) -> Result<State, Error> {
+fn claim_to_overwrite(
+    engine: &'static Engine,
+    body: &Arc<Body>,
+    block: u32,
+) -> Result<State, Error> {
     let (start, len) = (body.start(block), body.block_len(block));
     loop {
         let before = {
@@ -143,7 +173,11 @@ fn claim_to_overwrite(engine: &'static Engine, body: &Arc<Body>, block: u32) -> 
 
 /// Lets go of a block held in state Writing: mapped if it was mapped, else resting.
 fn let_go(engine: &Engine, body: &Body, block: u32, before: State) {
-    let after = if before == State::Resident { State::Resident } else { State::Resting };
+    let after = if before == State::Resident {
+        State::Resident
+    } else {
+        State::Resting
+    };
     let mut table = body.lock();
     let waited = body.release(&mut table, block, after);
     drop(table);
@@ -185,7 +219,10 @@ pub(crate) fn read_from(
                     return Err(Error::Os {
                         call: "reading the file",
                         errno: error.raw_os_error().unwrap_or(0),
-                        advice: format!("{} bytes before it are in the region", done + filled as u64),
+                        advice: format!(
+                            "{} bytes before it are in the region",
+                            done + filled as u64
+                        ),
                     });
                 }
             }

@@ -140,7 +140,9 @@ pub enum Answer {
 /// A minor fault on an absent block means fill, never map: what is cached there is stale.
 pub fn answer(state: State, fault: Fault, present: impl FnOnce() -> bool) -> Answer {
     match state {
-        State::Filling | State::Evicting | State::Cleaning | State::Writing | State::Poisoning => Answer::Wait,
+        State::Filling | State::Evicting | State::Cleaning | State::Writing | State::Poisoning => {
+            Answer::Wait
+        }
         State::Absent => Answer::Fill,
         State::Poisoned => Answer::Poison,
         State::Resting => Answer::Map,
@@ -209,9 +211,18 @@ mod tests {
 
     #[test]
     fn a_resident_page_that_vanished_is_dirty_unless_the_message_is_stale() {
-        assert_eq!(answer(State::Resident, Fault::Minor, || false), Answer::MapDirty);
+        assert_eq!(
+            answer(State::Resident, Fault::Minor, || false),
+            Answer::MapDirty
+        );
         assert_eq!(answer(State::Resident, Fault::Minor, || true), Answer::Wake);
-        assert_eq!(answer(State::Resident, Fault::Missing, || true), Answer::Wake);
-        assert_eq!(answer(State::Resident, Fault::Missing, || false), Answer::Refill);
+        assert_eq!(
+            answer(State::Resident, Fault::Missing, || true),
+            Answer::Wake
+        );
+        assert_eq!(
+            answer(State::Resident, Fault::Missing, || false),
+            Answer::Refill
+        );
     }
 }

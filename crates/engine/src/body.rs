@@ -72,7 +72,11 @@ pub(crate) struct Plan {
 impl Body {
     pub(crate) fn new(plan: Plan) -> Body {
         let blocks = plan.memory.len().div_ceil(plan.block);
-        let pages = if plan.access == Access::ReadWrite { plan.memory.len() / plan.memory.page() } else { 0 };
+        let pages = if plan.access == Access::ReadWrite {
+            plan.memory.len() / plan.memory.page()
+        } else {
+            0
+        };
         Body {
             id: plan.id,
             generation: fork::generation(),
@@ -102,7 +106,10 @@ impl Body {
     }
 
     pub(crate) fn seat(&self, block: u32) -> Seat {
-        Seat { region: self.id, block }
+        Seat {
+            region: self.id,
+            block,
+        }
     }
 
     /// Offset of a block in the region, bytes.
@@ -167,7 +174,12 @@ impl Body {
     }
 
     /// Reads a block's bytes from the store; the tail beyond the region is zeroed.
-    pub(crate) fn read_store(&self, start: usize, into: &mut [u8], now: bool) -> std::io::Result<bool> {
+    pub(crate) fn read_store(
+        &self,
+        start: usize,
+        into: &mut [u8],
+        now: bool,
+    ) -> std::io::Result<bool> {
         let stored = self.stored(start, into.len());
         let (bytes, tail) = into.split_at_mut(stored);
         let offset = self.store_offset + start as u64;
@@ -196,7 +208,13 @@ impl Body {
                 crate::stats::add(&self.counters.bytes_written, bytes.len() as u64);
                 Ok(())
             }
-            Err(error) => Err(Error::store(&*self.store.0, "write", offset, bytes.len() as u64, &error)),
+            Err(error) => Err(Error::store(
+                &*self.store.0,
+                "write",
+                offset,
+                bytes.len() as u64,
+                &error,
+            )),
         }
     }
 

@@ -32,11 +32,18 @@ pub(crate) enum Which {
 
 /// Cleans the blocks of `blocks`, in order. Stops at the first error, which is kept for the next flush
 /// as well; everything stays dirty that was not written.
-pub(crate) fn clean(engine: &Engine, body: &Body, blocks: Range<u32>, which: Which) -> Result<(), Error> {
+pub(crate) fn clean(
+    engine: &Engine,
+    body: &Body,
+    blocks: Range<u32>,
+    which: Which,
+) -> Result<(), Error> {
     let mut next = blocks.start;
     while next < blocks.end {
         let held = hold(body, next..blocks.end, which);
-        let Some(last) = held.last() else { return Ok(()) };
+        let Some(last) = held.last() else {
+            return Ok(());
+        };
         next = last.block + 1;
         write_back(engine, body, &held)?;
     }
@@ -61,7 +68,10 @@ fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
             _ => false,
         };
         if wanted && table.claim(block, Purpose::Clean) {
-            held.push(Held { block, mapped: state == State::Resident });
+            held.push(Held {
+                block,
+                mapped: state == State::Resident,
+            });
         } else if !held.is_empty() {
             break;
         } else if state.exclusive() && which == Which::All {
@@ -87,7 +97,10 @@ fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
 fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> {
     let page = body.memory.page();
     let pages = body.pages(held[0].block).start..body.pages(held[held.len() - 1].block).end;
-    for run in held.chunk_by(|a, b| a.mapped == b.mapped).filter(|run| run[0].mapped) {
+    for run in held
+        .chunk_by(|a, b| a.mapped == b.mapped)
+        .filter(|run| run[0].mapped)
+    {
         let pages = body.pages(run[0].block).start..body.pages(run[run.len() - 1].block).end;
         let harvest = engine.harvest_mapped(body, pages);
         record(&mut body.lock(), &harvest);
@@ -132,7 +145,11 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> 
         if table.write_pinned(held.block) {
             table.home.insert(body.pages(held.block));
         }
-        let state = if held.mapped { State::Resident } else { State::Resting };
+        let state = if held.mapped {
+            State::Resident
+        } else {
+            State::Resting
+        };
         if body.release(&mut table, held.block, state) {
             waited.push(held.block);
         }
@@ -154,7 +171,9 @@ pub(crate) fn flush(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<
     let cleaned = clean(engine, body, blocks, Which::All);
     let synced = cleaned.and_then(|()| {
         let store = &body.store.0;
-        store.sync().map_err(|error| Error::store(&**store, "sync", body.store_offset, body.len as u64, &error))
+        store.sync().map_err(|error| {
+            Error::store(&**store, "sync", body.store_offset, body.len as u64, &error)
+        })
     });
     // The error of this very flush is raised now and not again.
     body.lock().pending = None;

@@ -91,7 +91,13 @@ impl Clock {
     }
 
     /// Watches the read that this thread begins now.
-    pub(crate) fn watch(&self, engine: &Engine, body: &Arc<Body>, block: u32, deadline: Instant) -> Watch {
+    pub(crate) fn watch(
+        &self,
+        engine: &Engine,
+        body: &Arc<Body>,
+        block: u32,
+        deadline: Instant,
+    ) -> Watch {
         let ticket = engine.tickets.fetch_add(1, Ordering::Relaxed);
         let generation = crate::fork::generation();
         let slot = SLOT.with_borrow_mut(|mine| match mine {
@@ -104,11 +110,20 @@ impl Clock {
             }
         });
         body.lock().reads.insert(block, ticket);
-        *slot.lock() = Some(Watched { body: body.clone(), block, ticket, deadline });
+        *slot.lock() = Some(Watched {
+            body: body.clone(),
+            block,
+            ticket,
+            deadline,
+        });
         if self.waiting.lock().asleep {
             self.ring.notify_one();
         }
-        Watch { slot, block, ticket }
+        Watch {
+            slot,
+            block,
+            ticket,
+        }
     }
 
     fn run(&self, engine: &'static Engine) {
@@ -173,6 +188,9 @@ fn give_up(engine: &Engine, watched: &Watched) {
     }
     engine.note_hung(true);
     let waited = body.retry_for;
-    let cause = io::Error::new(io::ErrorKind::TimedOut, format!("the read has not come back after {waited:?}"));
+    let cause = io::Error::new(
+        io::ErrorKind::TimedOut,
+        format!("the read has not come back after {waited:?}"),
+    );
     poison::give_up(engine, body, block, &cause);
 }

@@ -17,7 +17,11 @@ pub struct DirtyMap {
 impl DirtyMap {
     /// An empty set of at most `pages` pages. Costs no memory until it is written.
     pub fn new(pages: usize) -> DirtyMap {
-        DirtyMap { words: vec![0; pages.div_ceil(64)], pages, count: 0 }
+        DirtyMap {
+            words: vec![0; pages.div_ceil(64)],
+            pages,
+            count: 0,
+        }
     }
 
     /// One past the largest page number that fits.
@@ -92,9 +96,16 @@ impl DirtyMap {
         while page < range.end {
             let bit = page % 64;
             let len = (64 - bit).min(range.end - page);
-            let mask = if len == 64 { u64::MAX } else { ((1u64 << len) - 1) << bit };
+            let mask = if len == 64 {
+                u64::MAX
+            } else {
+                ((1u64 << len) - 1) << bit
+            };
             let change = change(&mut self.words[page / 64], mask);
-            self.count = self.count.checked_add_signed(change).expect("count of dirty pages");
+            self.count = self
+                .count
+                .checked_add_signed(change)
+                .expect("count of dirty pages");
             page += len;
         }
     }
@@ -133,8 +144,15 @@ mod tests {
                 }
                 assert_eq!(map.count(), set.len(), "seed {seed}");
                 let from_runs: Vec<usize> = map.runs(0..pages).into_iter().flatten().collect();
-                assert_eq!(from_runs, set.iter().copied().collect::<Vec<_>>(), "seed {seed}");
-                assert_eq!(map.any(a.min(b)..a.max(b)), set.range(a.min(b)..a.max(b)).next().is_some());
+                assert_eq!(
+                    from_runs,
+                    set.iter().copied().collect::<Vec<_>>(),
+                    "seed {seed}"
+                );
+                assert_eq!(
+                    map.any(a.min(b)..a.max(b)),
+                    set.range(a.min(b)..a.max(b)).next().is_some()
+                );
             }
         }
     }

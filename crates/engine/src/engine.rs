@@ -11,8 +11,9 @@ use std::time::Instant;
 use parking_lot::{Mutex, RwLock};
 use userfault_uffd::abi::{
     UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_HUGETLBFS,
-    UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_POISON, UFFD_FEATURE_THREAD_ID,
-    UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
+    UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_POISON,
+    UFFD_FEATURE_THREAD_ID, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+    UFFD_FEATURE_WP_UNPOPULATED,
 };
 use userfault_uffd::{OpenOptions, Pagemap, Uffd};
 
@@ -86,24 +87,42 @@ impl Engine {
             return Ok(engine);
         }
         let engine = Engine::new()?;
-        fork::keep(&[Kept::Descriptor(engine.uffd.as_raw_fd()), Kept::Descriptor(engine.pagemap.as_raw_fd())]);
+        fork::keep(&[
+            Kept::Descriptor(engine.uffd.as_raw_fd()),
+            Kept::Descriptor(engine.pagemap.as_raw_fd()),
+        ]);
         let engine = crate::leak::publish(&CURRENT, engine);
         GENERATION.store(fork::generation(), Ordering::Release);
-        if !(engine.workers.start(engine) && engine.clock.start(engine) && engine.drain.start(engine)) {
-            return Err(Error::last_os("starting the engine's threads", "see ulimit -u and the pids cgroup"));
+        if !(engine.workers.start(engine)
+            && engine.clock.start(engine)
+            && engine.drain.start(engine))
+        {
+            return Err(Error::last_os(
+                "starting the engine's threads",
+                "see ulimit -u and the pids cgroup",
+            ));
         }
         Ok(engine)
     }
 
     fn new() -> Result<Engine, Error> {
-        let options = OpenOptions { nonblocking: false, require: REQUIRED, prefer: PREFERRED, ..OpenOptions::default() };
+        let options = OpenOptions {
+            nonblocking: false,
+            require: REQUIRED,
+            prefer: PREFERRED,
+            ..OpenOptions::default()
+        };
         let uffd = Uffd::open(&options).map_err(|error| Error::Os {
             call: "opening a userfaultfd",
             errno: error.errno(),
             advice: format!("{error}; `userfault doctor` says more"),
         })?;
-        let pagemap =
-            Pagemap::own().map_err(|_| Error::last_os("opening /proc/self/pagemap", "mount /proc in this container"))?;
+        let pagemap = Pagemap::own().map_err(|_| {
+            Error::last_os(
+                "opening /proc/self/pagemap",
+                "mount /proc in this container",
+            )
+        })?;
         Ok(Engine {
             uffd,
             pagemap,
@@ -149,7 +168,9 @@ impl Engine {
 
     pub(crate) fn admit(&self, body: &Arc<Body>) {
         self.by_id.write().insert(body.id, body.clone());
-        self.by_address.write().insert(body.memory.main(), body.clone());
+        self.by_address
+            .write()
+            .insert(body.memory.main(), body.clone());
     }
 
     pub(crate) fn dismiss(&self, body: &Body) {

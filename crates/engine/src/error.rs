@@ -61,7 +61,11 @@ impl Error {
     /// The last error of the C library, as the failure of `call`.
     pub(crate) fn last_os(call: &'static str, advice: impl Into<String>) -> Error {
         let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(0);
-        Error::Os { call, errno, advice: advice.into() }
+        Error::Os {
+            call,
+            errno,
+            advice: advice.into(),
+        }
     }
 
     pub(crate) fn store(

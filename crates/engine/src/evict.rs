@@ -26,7 +26,9 @@ pub(crate) fn zap(engine: &Engine, body: &Body, block: u32) -> bool {
 /// Unmaps a block in state Evicting; it rests afterwards, or is gone if its memory cannot rest.
 fn unmap(engine: &Engine, body: &Body, block: u32) {
     let (start, len) = (body.start(block), body.block_len(block));
-    body.memory.zap(start, len).expect("unmapping pages of the region's own mapping");
+    body.memory
+        .zap(start, len)
+        .expect("unmapping pages of the region's own mapping");
     let waited;
     if body.memory.shared() {
         let harvest = engine.harvest_zapped(body, block);
@@ -73,7 +75,9 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         engine.drain.kick();
     }
     while let Some(run) = runs.first().cloned() {
-        let bytes = body.memory.resting_bytes(run.start * page, run.len() * page);
+        let bytes = body
+            .memory
+            .resting_bytes(run.start * page, run.len() * page);
         if let Err(error) = body.write_store(run.start * page, bytes) {
             let mut table = body.lock();
             for run in runs {
@@ -91,7 +95,9 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         }
         runs.remove(0);
     }
-    body.memory.punch(start, len).expect("punching the region's own memory");
+    body.memory
+        .punch(start, len)
+        .expect("punching the region's own memory");
     let evictions = engine.pool_of(body).evictions();
     let mut table = body.lock();
     table.set_ghost(block, evictions.max(1));

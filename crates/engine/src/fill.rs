@@ -51,7 +51,14 @@ enum Tried {
 
 impl Filling {
     pub(crate) fn new(body: Arc<Body>, block: u32, thread: u32, began: Instant) -> Filling {
-        Filling { body, block, thread, began, tries: 0, no_room_since: None }
+        Filling {
+            body,
+            block,
+            thread,
+            began,
+            tries: 0,
+            no_room_since: None,
+        }
     }
 }
 
@@ -91,7 +98,9 @@ impl Engine {
         }
         // The page table is asked under the lock: a block that changes hands meanwhile would make the
         // answer worthless. This happens only for stale messages and foreign unmapping.
-        let answer = answer(table.state(block), touch.fault, || self.present(touch.address));
+        let answer = answer(table.state(block), touch.fault, || {
+            self.present(touch.address)
+        });
         match answer {
             Answer::Wait => {
                 table.wait(block);
@@ -157,11 +166,14 @@ impl Engine {
         drop(table);
         add(&body.counters.hits, 1);
         self.seat(body, block, Queue::Main);
-        self.pool_of(body).given(touch.thread, body.seat(block), self.now_ms());
+        self.pool_of(body)
+            .given(touch.thread, body.seat(block), self.now_ms());
         if waited {
             self.wake(body, block);
         }
-        body.counters.latency.record(touch.read.elapsed().as_nanos() as u64);
+        body.counters
+            .latency
+            .record(touch.read.elapsed().as_nanos() as u64);
     }
 
     /// Maps a resting block that was claimed for Map, on behalf of nobody who sleeps on it.
@@ -186,10 +198,16 @@ impl Engine {
             return;
         }
         let (start, len) = (body.start(block), body.block_len(block));
-        let again = body.memory.claim(start, len).and_then(|()| self.map_again(body, block));
+        let again = body
+            .memory
+            .claim(start, len)
+            .and_then(|()| self.map_again(body, block));
         if let Err(error) = again {
             // Only a machine out of memory comes here; the touch asks again.
-            crate::say::line(&format!("userfault: {}: mapping offset {start} again failed: {error}", body.name));
+            crate::say::line(&format!(
+                "userfault: {}: mapping offset {start} again failed: {error}",
+                body.name
+            ));
         }
     }
 
@@ -236,7 +254,9 @@ impl Engine {
                     self.pool_of(&body).wait(false);
                 }
                 if filling.thread != 0 {
-                    body.counters.latency.record(filling.began.elapsed().as_nanos() as u64);
+                    body.counters
+                        .latency
+                        .record(filling.began.elapsed().as_nanos() as u64);
                 }
             }
             Tried::NoRoom => {
@@ -245,14 +265,21 @@ impl Engine {
                     add(&body.counters.waits, 1);
                     self.pool_of(&body).wait(true);
                 }
-                let waited = filling.no_room_since.map_or(Duration::ZERO, |since| now - since);
+                let waited = filling
+                    .no_room_since
+                    .map_or(Duration::ZERO, |since| now - since);
                 if waited > NO_ROOM_FOR + body.retry_for {
                     self.pool_of(&body).wait(false);
                     let cause = body.lock().pending.as_ref().map_or_else(
                         || "everything in memory is pinned".to_owned(),
                         |error| format!("what is in memory cannot be written back: {error}"),
                     );
-                    poison::give_up(self, &body, block, &io::Error::other(format!("no memory: {cause}")));
+                    poison::give_up(
+                        self,
+                        &body,
+                        block,
+                        &io::Error::other(format!("no memory: {cause}")),
+                    );
                     return;
                 }
                 self.clock.defer(filling, Duration::from_millis(1));
@@ -299,8 +326,13 @@ impl Engine {
                 // The mapping woke everybody who slept on the block.
                 let _ = body.release(&mut table, block, State::Resident);
                 drop(table);
-                self.seat(body, block, if early { Queue::Main } else { Queue::Probation });
-                self.pool_of(body).given(filling.thread, body.seat(block), self.now_ms());
+                self.seat(
+                    body,
+                    block,
+                    if early { Queue::Main } else { Queue::Probation },
+                );
+                self.pool_of(body)
+                    .given(filling.thread, body.seat(block), self.now_ms());
             }
             Tried::NoRoom | Tried::Failed(_) | Tried::Abandoned => self.give_back(body, bytes),
         }
@@ -309,20 +341,22 @@ impl Engine {
 
     fn fill_by_copy(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
         let (body, block) = (&filling.body, filling.block);
-        staging::with(body.block_len(block), |buffer| match self.read(filling, buffer, lead) {
-            Ok(true) => match self.map_copy(body, block, buffer) {
-                Ok(()) => Tried::Mapped,
-                Err(error) => {
-                    let _ = body.memory.zap(body.start(block), buffer.len());
-                    let _ = body.memory.punch(body.start(block), buffer.len());
-                    refused(error)
+        staging::with(body.block_len(block), |buffer| {
+            match self.read(filling, buffer, lead) {
+                Ok(true) => match self.map_copy(body, block, buffer) {
+                    Ok(()) => Tried::Mapped,
+                    Err(error) => {
+                        let _ = body.memory.zap(body.start(block), buffer.len());
+                        let _ = body.memory.punch(body.start(block), buffer.len());
+                        refused(error)
+                    }
+                },
+                Ok(false) => {
+                    self.came_back(body, block);
+                    Tried::Abandoned
                 }
-            },
-            Ok(false) => {
-                self.came_back(body, block);
-                Tried::Abandoned
+                Err(error) => Tried::Failed(error),
             }
-            Err(error) => Tried::Failed(error),
         })
     }
 
@@ -356,16 +390,27 @@ impl Engine {
     }
 
     /// Reads a block. `Ok(false)`: it took too long, and the block is no longer ours.
-    fn read(&'static self, filling: &Filling, buffer: &mut [u8], lead: &mut Lead) -> io::Result<bool> {
+    fn read(
+        &'static self,
+        filling: &Filling,
+        buffer: &mut [u8],
+        lead: &mut Lead,
+    ) -> io::Result<bool> {
         let (body, block) = (&filling.body, filling.block);
         let start = body.start(block);
         if body.read_store(start, buffer, true)? {
             return Ok(true);
         }
         lead.give_up();
-        let watch = self.clock.watch(self, body, block, filling.began + body.retry_for);
+        let watch = self
+            .clock
+            .watch(self, body, block, filling.began + body.retry_for);
         let read = body.read_store(start, buffer, false);
-        if watch.end(body) { read.map(|_| true) } else { Ok(false) }
+        if watch.end(body) {
+            read.map(|_| true)
+        } else {
+            Ok(false)
+        }
     }
 
     /// A read that was given up has come back: its memory may be used again.

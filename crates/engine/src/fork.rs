@@ -35,12 +35,19 @@ struct Registry {
 // SAFETY: `kept` is only reached while `locked` is held, or in a child that has one thread.
 unsafe impl Sync for Registry {}
 
-static REGISTRY: Registry = Registry { locked: AtomicBool::new(false), kept: UnsafeCell::new(Vec::new()) };
+static REGISTRY: Registry = Registry {
+    locked: AtomicBool::new(false),
+    kept: UnsafeCell::new(Vec::new()),
+};
 static GENERATION: AtomicU32 = AtomicU32::new(0);
 static INSTALL: Once = Once::new();
 
 fn lock() {
-    while REGISTRY.locked.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+    while REGISTRY
+        .locked
+        .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
+        .is_err()
+    {
         std::thread::yield_now();
     }
 }
@@ -97,7 +104,14 @@ extern "C" fn after_in_child() {
                         | libc::MAP_ANONYMOUS
                         | libc::MAP_NORESERVE
                         | libc::MAP_FIXED_NOREPLACE;
-                    libc::mmap(start as *mut libc::c_void, len, libc::PROT_NONE, flags, -1, 0);
+                    libc::mmap(
+                        start as *mut libc::c_void,
+                        len,
+                        libc::PROT_NONE,
+                        flags,
+                        -1,
+                        0,
+                    );
                 }
                 Kept::Descriptor(fd) => {
                     libc::close(fd);

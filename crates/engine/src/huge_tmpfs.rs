@@ -31,9 +31,10 @@ pub fn file() -> Result<File, Error> {
         Err(error) => Err(Error::Os {
             call: "mounting a private tmpfs of huge pages",
             errno: error.raw_os_error().unwrap_or(0),
-            advice: "allow user namespaces (sysctl user.max_user_namespaces), reserve hugetlb pages \
+            advice:
+                "allow user namespaces (sysctl user.max_user_namespaces), reserve hugetlb pages \
                      (sysctl vm.nr_hugepages=N), or use pages=\"4KiB\""
-                .into(),
+                    .into(),
         }),
     }
 }
@@ -49,12 +50,26 @@ fn create() -> io::Result<RawFd> {
             return Err(last());
         }
         let set = |key: &std::ffi::CStr, value: &std::ffi::CStr| {
-            libc::syscall(libc::SYS_fsconfig, context, FSCONFIG_SET_STRING, key.as_ptr(), value.as_ptr(), 0)
+            libc::syscall(
+                libc::SYS_fsconfig,
+                context,
+                FSCONFIG_SET_STRING,
+                key.as_ptr(),
+                value.as_ptr(),
+                0,
+            )
         };
         let null = std::ptr::null::<libc::c_char>();
         let made = set(c"huge", c"always") == 0
             && set(c"size", c"0") == 0
-            && libc::syscall(libc::SYS_fsconfig, context, FSCONFIG_CMD_CREATE, null, null, 0) == 0;
+            && libc::syscall(
+                libc::SYS_fsconfig,
+                context,
+                FSCONFIG_CMD_CREATE,
+                null,
+                null,
+                0,
+            ) == 0;
         let error = last();
         if !made {
             libc::close(context);
@@ -91,7 +106,8 @@ fn create_in_namespace() -> io::Result<RawFd> {
             return Err(io::Error::last_os_error());
         }
         let flags = libc::CLONE_FILES | libc::SIGCHLD;
-        let child = libc::syscall(libc::SYS_clone, flags as libc::c_ulong, 0, 0, 0, 0) as libc::pid_t;
+        let child =
+            libc::syscall(libc::SYS_clone, flags as libc::c_ulong, 0, 0, 0, 0) as libc::pid_t;
         if child == 0 {
             let answer = if libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) == 0 {
                 for (path, text) in &maps {
@@ -110,7 +126,9 @@ fn create_in_namespace() -> io::Result<RawFd> {
         let mut answer = -libc::EIO;
         if child > 0 {
             let mut status = 0;
-            while libc::waitpid(child, &mut status, 0) < 0 && *libc::__errno_location() == libc::EINTR {}
+            while libc::waitpid(child, &mut status, 0) < 0
+                && *libc::__errno_location() == libc::EINTR
+            {}
             // The child wrote before it ended, or never will: do not sleep for it.
             libc::fcntl(pipe[0], libc::F_SETFL, libc::O_NONBLOCK);
             libc::read(pipe[0], (&raw mut answer).cast(), size_of::<i32>());

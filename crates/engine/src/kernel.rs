@@ -9,9 +9,9 @@ use std::io;
 use std::ops::Range;
 
 use userfault_uffd::abi::{
-    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, UFFD_FEATURE_WP_ASYNC,
-    UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY_MODE_WP, UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING,
-    UFFDIO_REGISTER_MODE_WP, page_region,
+    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
+    UFFD_FEATURE_WP_ASYNC, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY_MODE_WP,
+    UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, page_region,
 };
 use userfault_uffd::{Fill, Filled, Scan, fill};
 
@@ -47,14 +47,19 @@ impl Engine {
         if self.tracks(body) {
             mode |= UFFDIO_REGISTER_MODE_WP;
         }
-        let outcome = self.uffd.register(body.memory.main(), body.memory.len(), mode);
+        let outcome = self
+            .uffd
+            .register(body.memory.main(), body.memory.len(), mode);
         if outcome.is_ok() {
             return Ok(());
         }
         Err(Error::Os {
             call: "UFFDIO_REGISTER",
             errno: outcome.errno,
-            advice: format!("{} memory is not supported by this kernel; see `userfault doctor`", body.memory.kind().name()),
+            advice: format!(
+                "{} memory is not supported by this kernel; see `userfault doctor`",
+                body.memory.kind().name()
+            ),
         })
     }
 
@@ -71,9 +76,17 @@ impl Engine {
 
     /// Puts `bytes` at an offset of absent pages; wakes.
     pub(crate) fn copy(&self, body: &Body, start: usize, bytes: &[u8]) -> io::Result<()> {
-        let mode = if self.tracks(body) { UFFDIO_COPY_MODE_WP } else { 0 };
+        let mode = if self.tracks(body) {
+            UFFDIO_COPY_MODE_WP
+        } else {
+            0
+        };
         let page = body.memory.page();
-        let exists = if body.memory.shared() { Fill::OwnAbsent } else { Fill::Shared };
+        let exists = if body.memory.shared() {
+            Fill::OwnAbsent
+        } else {
+            Fill::Shared
+        };
         let address = body.memory.main() + start;
         let mut from = 0;
         while from < bytes.len() {
@@ -81,7 +94,12 @@ impl Engine {
                 // SAFETY: `bytes` is the engine's own memory; the caller owns the block, so no reference
                 // to its absent bytes exists outside of user threads that asked for exactly this.
                 unsafe {
-                    self.uffd.copy(address + from + at, bytes[from + at..].as_ptr() as usize, len, mode)
+                    self.uffd.copy(
+                        address + from + at,
+                        bytes[from + at..].as_ptr() as usize,
+                        len,
+                        mode,
+                    )
                 }
             });
             match filled {
@@ -112,7 +130,11 @@ impl Engine {
     }
 
     fn continue_range(&self, body: &Body, start: usize, len: usize, alone: bool) -> io::Result<()> {
-        let mode = if self.tracks(body) { UFFDIO_CONTINUE_MODE_WP } else { 0 };
+        let mode = if self.tracks(body) {
+            UFFDIO_CONTINUE_MODE_WP
+        } else {
+            0
+        };
         let address = body.memory.main() + start;
         let mut from = 0;
         loop {
@@ -156,7 +178,9 @@ impl Engine {
 
     /// True if the page at `address` is mapped now.
     pub(crate) fn present(&self, address: usize) -> bool {
-        self.pagemap.entry(address).is_ok_and(|entry| entry.present())
+        self.pagemap
+            .entry(address)
+            .is_ok_and(|entry| entry.present())
     }
 
     /// Gathers the evidence of a block that was just unmapped: marks dirty every page that is not proved
@@ -213,7 +237,11 @@ impl Engine {
         let mut scanned = self.scan(body, pages.clone(), &scan, |range| written.push(range));
         if body.memory.kind() == Kind::Hugetlb && scanned.is_ok() {
             // A hugetlb page that the program itself unmapped is not WRITTEN, whatever it was before.
-            let present = Scan { all_of: PAGE_IS_PRESENT, report: PAGE_IS_PRESENT, ..Scan::default() };
+            let present = Scan {
+                all_of: PAGE_IS_PRESENT,
+                report: PAGE_IS_PRESENT,
+                ..Scan::default()
+            };
             let mut next = pages.start;
             scanned = self.scan(body, pages.clone(), &present, |range| {
                 if range.start > next {
@@ -225,7 +253,11 @@ impl Engine {
                 written.push(next..pages.end);
             }
         }
-        if scanned.is_ok() { written } else { vec![pages] }
+        if scanned.is_ok() {
+            written
+        } else {
+            vec![pages]
+        }
     }
 
     fn scan(
@@ -236,10 +268,16 @@ impl Engine {
         mut each: impl FnMut(Range<usize>),
     ) -> io::Result<()> {
         let (main, page) = (body.memory.main(), body.memory.page());
-        let mut regions = [page_region { start: 0, end: 0, categories: 0 }; REGIONS];
+        let mut regions = [page_region {
+            start: 0,
+            end: 0,
+            categories: 0,
+        }; REGIONS];
         let range = main + pages.start * page..main + pages.end * page;
         self.pagemap.scan_each(range, scan, &mut regions, |region| {
-            each((region.start as usize - main) / page..(region.end as usize - main).div_ceil(page));
+            each(
+                (region.start as usize - main) / page..(region.end as usize - main).div_ceil(page),
+            );
         })
     }
 }

@@ -31,7 +31,11 @@ impl Cgroup {
                 return Cgroup::first(&["/sys/fs/cgroup/memory"], relative, false);
             }
             if controllers.is_empty()
-                && let Some(found) = Cgroup::first(&["/sys/fs/cgroup", "/sys/fs/cgroup/unified"], relative, true)
+                && let Some(found) = Cgroup::first(
+                    &["/sys/fs/cgroup", "/sys/fs/cgroup/unified"],
+                    relative,
+                    true,
+                )
             {
                 return Some(found);
             }
@@ -41,7 +45,11 @@ impl Cgroup {
 
     /// In a container the path may name a folder that is not visible: then the mount's root is ours.
     fn first(mounts: &[&str], relative: &str, v2: bool) -> Option<Cgroup> {
-        let probe = if v2 { "memory.current" } else { "memory.usage_in_bytes" };
+        let probe = if v2 {
+            "memory.current"
+        } else {
+            "memory.usage_in_bytes"
+        };
         mounts
             .iter()
             .flat_map(|mount| [Path::new(mount).join(relative), PathBuf::from(mount)])
@@ -50,12 +58,20 @@ impl Cgroup {
     }
 
     fn number(folder: &Path, name: &str) -> Option<u64> {
-        fs::read_to_string(folder.join(name)).ok()?.trim().parse().ok()
+        fs::read_to_string(folder.join(name))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
     }
 
     /// The tightest limit of this cgroup and those above it, with the folder that sets it.
     fn tightest(&self) -> Option<(u64, PathBuf)> {
-        let name = if self.v2 { "memory.max" } else { "memory.limit_in_bytes" };
+        let name = if self.v2 {
+            "memory.max"
+        } else {
+            "memory.limit_in_bytes"
+        };
         let mut best: Option<(u64, PathBuf)> = None;
         for folder in self.folder.ancestors() {
             let Some(limit) = Cgroup::number(folder, name) else {
@@ -81,7 +97,11 @@ impl Cgroup {
     /// Clean page cache counts as free.
     pub fn headroom(&self) -> Option<u64> {
         let (limit, folder) = self.tightest()?;
-        let usage_name = if self.v2 { "memory.current" } else { "memory.usage_in_bytes" };
+        let usage_name = if self.v2 {
+            "memory.current"
+        } else {
+            "memory.usage_in_bytes"
+        };
         let usage = Cgroup::number(&folder, usage_name)?;
         let stat = fs::read_to_string(folder.join("memory.stat")).ok()?;
         let field = |name: &str| -> u64 {
@@ -90,9 +110,17 @@ impl Cgroup {
                 .unwrap_or(0)
         };
         let (file, shmem, dirty) = if self.v2 {
-            (field("file"), field("shmem"), field("file_dirty") + field("file_writeback"))
+            (
+                field("file"),
+                field("shmem"),
+                field("file_dirty") + field("file_writeback"),
+            )
         } else {
-            (field("total_cache"), field("total_shmem"), field("total_dirty") + field("total_writeback"))
+            (
+                field("total_cache"),
+                field("total_shmem"),
+                field("total_dirty") + field("total_writeback"),
+            )
         };
         let reclaimable = file.saturating_sub(shmem).saturating_sub(dirty);
         Some(limit.saturating_sub(usage.saturating_sub(reclaimable)))
@@ -103,7 +131,14 @@ impl Cgroup {
 pub fn machine_available() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     text.lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+        .find_map(|line| {
+            line.strip_prefix("MemAvailable:")?
+                .trim()
+                .strip_suffix(" kB")?
+                .trim()
+                .parse::<u64>()
+                .ok()
+        })
         .map_or(1 << 30, |kib| kib << 10)
 }
 
@@ -112,6 +147,8 @@ pub fn auto() -> u64 {
     let machine = machine_available() as f64 * AUTO_SHARE;
     let cgroup = Cgroup::current()
         .and_then(|cgroup| cgroup.headroom())
-        .map_or(f64::INFINITY, |room| room.saturating_sub(CGROUP_MARGIN) as f64 * AUTO_SHARE);
+        .map_or(f64::INFINITY, |room| {
+            room.saturating_sub(CGROUP_MARGIN) as f64 * AUTO_SHARE
+        });
     (machine.min(cgroup) as u64).max(8 << 20)
 }

@@ -70,7 +70,9 @@ fn map(at: usize, len: usize, prot: i32, flags: i32, fd: RawFd) -> Result<usize,
     if address == libc::MAP_FAILED {
         return Err(Error::last_os(
             "mmap",
-            format!("{len} bytes of address space were asked for; see /proc/sys/vm/max_map_count and ulimit -v"),
+            format!(
+                "{len} bytes of address space were asked for; see /proc/sys/vm/max_map_count and ulimit -v"
+            ),
         ));
     }
     Ok(address as usize)
@@ -100,7 +102,11 @@ fn memfd(flags: libc::c_uint) -> io::Result<File> {
     // SAFETY: the name is a NUL-terminated constant; the result is checked before it is owned.
     unsafe {
         let fd = libc::memfd_create(c"userfault".as_ptr(), libc::MFD_CLOEXEC | flags);
-        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(File::from(OwnedFd::from_raw_fd(fd))) }
+        if fd < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(File::from(OwnedFd::from_raw_fd(fd)))
+        }
     }
 }
 
@@ -118,26 +124,51 @@ pub fn hugetlb_free() -> u64 {
 impl Memory {
     /// Maps `len` bytes (a multiple of the page) of memory of this kind.
     pub fn new(kind: Kind, len: usize, writable: bool) -> Result<Memory, Error> {
-        let page = if kind == Kind::Hugetlb { HUGE } else { small_page() };
+        let page = if kind == Kind::Hugetlb {
+            HUGE
+        } else {
+            small_page()
+        };
         debug_assert!(len.is_multiple_of(page));
-        let prot = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
+        let prot = if writable {
+            libc::PROT_READ | libc::PROT_WRITE
+        } else {
+            libc::PROT_READ
+        };
         let file = match kind {
             Kind::Private => None,
             Kind::Small => Some(memfd(0).map_err(|_| Error::last_os("memfd_create", ""))?),
             Kind::Hugetlb => Some(memfd(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB).map_err(|_| {
-                Error::last_os("memfd_create of huge pages", "reserve some: sysctl vm.nr_hugepages=N")
+                Error::last_os(
+                    "memfd_create of huge pages",
+                    "reserve some: sysctl vm.nr_hugepages=N",
+                )
             })?),
             Kind::HugeTmpfs => Some(huge_tmpfs::file()?),
         };
         if let Some(file) = &file {
-            file.set_len(len as u64).map_err(|_| Error::last_os("ftruncate of a region's memory", ""))?;
+            file.set_len(len as u64)
+                .map_err(|_| Error::last_os("ftruncate of a region's memory", ""))?;
         }
         let main = reserve(len)?;
         let fixed = libc::MAP_FIXED | libc::MAP_NORESERVE;
-        let mut memory = Memory { kind, main, view: 0, len, page, file };
+        let mut memory = Memory {
+            kind,
+            main,
+            view: 0,
+            len,
+            page,
+            file,
+        };
         match &memory.file {
             None => {
-                map(main, len, prot, fixed | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+                map(
+                    main,
+                    len,
+                    prot,
+                    fixed | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                    -1,
+                )?;
                 // Pages arrive one block at a time: the kernel must not make huge ones of them.
                 memory.advise(main, len, libc::MADV_NOHUGEPAGE)?;
             }
@@ -146,7 +177,13 @@ impl Memory {
                 map(main, len, prot, fixed | libc::MAP_SHARED, fd)?;
                 let view = reserve(len)?;
                 memory.view = view;
-                map(view, len, libc::PROT_READ | libc::PROT_WRITE, fixed | libc::MAP_SHARED, fd)?;
+                map(
+                    view,
+                    len,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    fixed | libc::MAP_SHARED,
+                    fd,
+                )?;
                 memory.advise(view, len, libc::MADV_DONTFORK)?;
             }
         }
@@ -215,7 +252,11 @@ impl Memory {
         if self.file.is_none() {
             return self.zap(offset, len);
         }
-        self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, len)
+        self.fallocate(
+            libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            offset,
+            len,
+        )
     }
 
     fn fallocate(&self, mode: i32, offset: usize, len: usize) -> io::Result<()> {
@@ -236,7 +277,14 @@ impl Memory {
     pub fn zap(&self, offset: usize, len: usize) -> io::Result<()> {
         assert!(offset + len <= self.len);
         // SAFETY: the range lies in the user's mapping, which this value owns.
-        if unsafe { libc::madvise((self.main + offset) as *mut libc::c_void, len, libc::MADV_DONTNEED) } < 0 {
+        if unsafe {
+            libc::madvise(
+                (self.main + offset) as *mut libc::c_void,
+                len,
+                libc::MADV_DONTNEED,
+            )
+        } < 0
+        {
             return Err(io::Error::last_os_error());
         }
         Ok(())
@@ -285,14 +333,26 @@ impl Memory {
         assert!(!self.shared() && start + into.len() <= self.len);
         // SAFETY: in bounds; the block is resident and pinned, so the touch needs no fill. Private
         // memory is read-only for everybody.
-        unsafe { ptr::copy_nonoverlapping((self.main + start) as *const u8, into.as_mut_ptr(), into.len()) }
+        unsafe {
+            ptr::copy_nonoverlapping(
+                (self.main + start) as *const u8,
+                into.as_mut_ptr(),
+                into.len(),
+            )
+        }
     }
 
     /// Makes a part of the user's mapping inaccessible for good.
     pub(crate) fn forbid(&self, offset: usize, len: usize) {
         assert!(offset + len <= self.len);
         // SAFETY: the range lies in the user's mapping, which this value owns.
-        unsafe { libc::mprotect((self.main + offset) as *mut libc::c_void, len, libc::PROT_NONE) };
+        unsafe {
+            libc::mprotect(
+                (self.main + offset) as *mut libc::c_void,
+                len,
+                libc::PROT_NONE,
+            )
+        };
     }
 
     /// Copies bytes out through the view. Bytes that the user writes meanwhile come out old or new.
@@ -303,7 +363,13 @@ impl Memory {
         assert!(offset + into.len() <= self.len && self.shared());
         // SAFETY: in bounds, and `into` is the caller's own memory. Racing stores of the user can only
         // change bytes of the copy, which is what the caller is told.
-        unsafe { ptr::copy_nonoverlapping((self.view + offset) as *const u8, into.as_mut_ptr(), into.len()) }
+        unsafe {
+            ptr::copy_nonoverlapping(
+                (self.view + offset) as *const u8,
+                into.as_mut_ptr(),
+                into.len(),
+            )
+        }
     }
 
     /// Copies bytes in through the view.
@@ -313,7 +379,9 @@ impl Memory {
     pub unsafe fn copy_in(&self, offset: usize, from: &[u8]) {
         assert!(offset + from.len() <= self.len && self.shared());
         // SAFETY: in bounds, and `from` is the caller's own memory, never the region's.
-        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), (self.view + offset) as *mut u8, from.len()) }
+        unsafe {
+            ptr::copy_nonoverlapping(from.as_ptr(), (self.view + offset) as *mut u8, from.len())
+        }
     }
 
     /// Replaces the user's mapping by one that cannot be touched: a later touch is SIGSEGV.
@@ -321,7 +389,8 @@ impl Memory {
         let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // Replacing a mapping by one of the same size needs no new map entry; a failure would leave
         // memory that nobody serves, and that would read as zeros: better to stop here.
-        map(self.main, self.len, libc::PROT_NONE, flags, -1).expect("replacing a mapping by PROT_NONE");
+        map(self.main, self.len, libc::PROT_NONE, flags, -1)
+            .expect("replacing a mapping by PROT_NONE");
     }
 
     /// Gives back the view and its pages. The user's mapping must be sealed.

@@ -34,7 +34,11 @@ fn add(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
     let pins = table.pins.entry(block).or_default();
     pins.count += 1;
     pins.writers += u32::from(write);
-    if pins.count == 1 { body.block_len(block) as u64 } else { 0 }
+    if pins.count == 1 {
+        body.block_len(block) as u64
+    } else {
+        0
+    }
 }
 
 /// Takes a pin away; returns the bytes that are pinned no more.
@@ -42,7 +46,9 @@ fn take(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
     if write {
         table.mark_dirty(body.pages(block));
     }
-    let Some(pins) = table.pins.get_mut(&block) else { return 0 };
+    let Some(pins) = table.pins.get_mut(&block) else {
+        return 0;
+    };
     pins.count -= 1;
     pins.writers -= u32::from(write);
     if pins.count > 0 {
@@ -96,7 +102,12 @@ impl Pin {
                 fresh += add(&mut table, body, block, write);
             }
         }
-        let mut pin = Pin { body: body.clone(), blocks: blocks.clone(), write, released: false };
+        let mut pin = Pin {
+            body: body.clone(),
+            blocks: blocks.clone(),
+            write,
+            released: false,
+        };
         let pools = [body.own_pool.as_deref(), Some(&*engine.pool)];
         for (index, pool) in pools.iter().flatten().enumerate() {
             if let Err(room) = pool.pin(fresh) {
@@ -104,7 +115,11 @@ impl Pin {
                     earlier.unpin(fresh);
                 }
                 pin.undo();
-                return Err(Error::Memory { asked: fresh, limit: room, what: "the pin".into() });
+                return Err(Error::Memory {
+                    asked: fresh,
+                    limit: room,
+                    what: "the pin".into(),
+                });
             }
         }
         for block in blocks {
@@ -117,7 +132,10 @@ impl Pin {
     fn undo(&mut self) -> u64 {
         self.released = true;
         let mut table = self.body.lock();
-        self.blocks.clone().map(|block| take(&mut table, &self.body, block, self.write)).sum()
+        self.blocks
+            .clone()
+            .map(|block| take(&mut table, &self.body, block, self.write))
+            .sum()
     }
 
     /// Ends the pin. Does nothing the second time, or in a forked child.
@@ -127,7 +145,10 @@ impl Pin {
         }
         let freed = self.undo();
         if let Some(engine) = Engine::existing() {
-            for pool in [self.body.own_pool.as_deref(), Some(&*engine.pool)].into_iter().flatten() {
+            for pool in [self.body.own_pool.as_deref(), Some(&*engine.pool)]
+                .into_iter()
+                .flatten()
+            {
                 pool.unpin(freed);
             }
         }
@@ -155,7 +176,11 @@ pub(crate) struct Hold<'a> {
 }
 
 impl<'a> Hold<'a> {
-    pub(crate) fn new(engine: &'static Engine, body: &'a Arc<Body>, block: u32) -> Result<Hold<'a>, Error> {
+    pub(crate) fn new(
+        engine: &'static Engine,
+        body: &'a Arc<Body>,
+        block: u32,
+    ) -> Result<Hold<'a>, Error> {
         add(&mut body.lock(), body, block, false);
         let hold = Hold { body, block };
         make_resident(engine, body, block)?;

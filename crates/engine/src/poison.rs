@@ -19,7 +19,10 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
     body.lock().turn_into(block, State::Poisoning);
     if let Err(error) = engine.poison(body, block) {
         // Without the marker the toucher would only ask again, for ever: make the memory itself say no.
-        crate::say::line(&format!("userfault: {}: poisoning failed: {error}; the block is made inaccessible", body.name));
+        crate::say::line(&format!(
+            "userfault: {}: poisoning failed: {error}; the block is made inaccessible",
+            body.name
+        ));
         body.memory.forbid(body.start(block), body.block_len(block));
     }
     let (offset, len) = (body.start(block) as u64, body.block_len(block) as u64);
@@ -74,11 +77,17 @@ pub(crate) fn heal(engine: &'static Engine, body: &Arc<Body>, block: u32) -> Res
 /// The error of a call that needs a poisoned block.
 pub(crate) fn error(table: &Table, body: &Body, block: u32) -> Error {
     let offset = body.start(block) as u64;
-    let cause = table.errors.iter().rev().find(|error| error.offset == offset);
+    let cause = table
+        .errors
+        .iter()
+        .rev()
+        .find(|error| error.offset == offset);
     Error::Poisoned {
         offset,
         len: body.block_len(block) as u64,
-        cause: cause.map_or_else(|| "it was given up".to_owned(), |error| error.message.clone()),
+        cause: cause.map_or_else(
+            || "it was given up".to_owned(),
+            |error| error.message.clone(),
+        ),
     }
 }
-

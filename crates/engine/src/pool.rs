@@ -109,7 +109,8 @@ pub struct Pool {
 impl PoolState {
     /// The limit that holds: what was asked, or what is needed to run at all.
     fn effective(&self) -> u64 {
-        self.limit.max(self.pinned + BLOCKS_TO_RUN as u64 * self.largest)
+        self.limit
+            .max(self.pinned + BLOCKS_TO_RUN as u64 * self.largest)
     }
 
     /// Chooses who leaves, for a fault of `thread` at time `now` (milliseconds).
@@ -118,7 +119,8 @@ impl PoolState {
     /// Otherwise probation gives while it has more than its share, then main.
     pub fn choose(&mut self, thread: u32, now: u32) -> Victim {
         let resting_share = self.effective() / SHARE;
-        if self.resting_bytes > resting_share || (self.probation.is_empty() && self.main.is_empty()) {
+        if self.resting_bytes > resting_share || (self.probation.is_empty() && self.main.is_empty())
+        {
             return match self.resting.pop_front() {
                 Some(entry) => {
                     self.resting_bytes -= u64::from(entry.bytes);
@@ -128,14 +130,24 @@ impl PoolState {
                 None => Victim::NotNow,
             };
         }
-        let from_probation =
-            self.main.is_empty() || (self.probation_bytes > self.effective() / SHARE && !self.probation.is_empty());
-        let young = |entry: Option<&Entry>| entry.is_some_and(|entry| now.wrapping_sub(entry.at) < GRACE_MS);
-        let front = if from_probation { self.probation.front() } else { self.main.front() };
+        let from_probation = self.main.is_empty()
+            || (self.probation_bytes > self.effective() / SHARE && !self.probation.is_empty());
+        let young = |entry: Option<&Entry>| {
+            entry.is_some_and(|entry| now.wrapping_sub(entry.at) < GRACE_MS)
+        };
+        let front = if from_probation {
+            self.probation.front()
+        } else {
+            self.main.front()
+        };
         if young(front) && self.short(now) {
             return self.choose_by_turn(thread, now);
         }
-        let entry = if from_probation { self.probation.pop_front() } else { self.main.pop_front() };
+        let entry = if from_probation {
+            self.probation.pop_front()
+        } else {
+            self.main.pop_front()
+        };
         let entry = entry.expect("the queue was seen not to be empty");
         if from_probation {
             self.probation_bytes -= u64::from(entry.bytes);
@@ -147,7 +159,8 @@ impl PoolState {
     fn short(&mut self, now: u32) -> bool {
         let blocks = self.probation.len() + self.main.len();
         if blocks <= BLOCKS_TO_RUN * (self.threads.len() + 1) {
-            self.threads.retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
+            self.threads
+                .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
         }
         blocks <= BLOCKS_TO_RUN * (self.threads.len() + 1)
     }
@@ -157,7 +170,9 @@ impl PoolState {
     fn choose_by_turn(&mut self, thread: u32, now: u32) -> Victim {
         let over = match &self.turn {
             None => true,
-            Some(turn) => now.wrapping_sub(turn.last) >= GRACE_MS || turn.seats.len() >= BLOCKS_TO_RUN,
+            Some(turn) => {
+                now.wrapping_sub(turn.last) >= GRACE_MS || turn.seats.len() >= BLOCKS_TO_RUN
+            }
         };
         let mine = self.turn.as_ref().is_some_and(|turn| turn.thread == thread);
         if over && mine && self.waiting > 1 {
@@ -166,13 +181,25 @@ impl PoolState {
             return Victim::NotNow;
         }
         if over {
-            self.turn = Some(Turn { thread, last: now, seats: Vec::with_capacity(BLOCKS_TO_RUN) });
+            self.turn = Some(Turn {
+                thread,
+                last: now,
+                seats: Vec::with_capacity(BLOCKS_TO_RUN),
+            });
         } else if !mine {
             return Victim::NotNow;
         }
-        let kept = self.turn.as_ref().map(|turn| turn.seats.clone()).unwrap_or_default();
+        let kept = self
+            .turn
+            .as_ref()
+            .map(|turn| turn.seats.clone())
+            .unwrap_or_default();
         for (queue, probation) in [(&mut self.probation, true), (&mut self.main, false)] {
-            if let Some(index) = queue.iter().take(64).position(|entry| !kept.contains(&entry.seat)) {
+            if let Some(index) = queue
+                .iter()
+                .take(64)
+                .position(|entry| !kept.contains(&entry.seat))
+            {
                 let entry = queue.remove(index).expect("the index was just found");
                 if probation {
                     self.probation_bytes -= u64::from(entry.bytes);
@@ -210,7 +237,12 @@ pub struct PoolFigures {
 impl Pool {
     /// A pool with a limit in bytes.
     pub fn new(limit: u64) -> Pool {
-        Pool { state: Mutex::new(PoolState { limit, ..PoolState::default() }) }
+        Pool {
+            state: Mutex::new(PoolState {
+                limit,
+                ..PoolState::default()
+            }),
+        }
     }
 
     /// Changes the limit; the old one is returned. Nothing leaves before room is asked for.
@@ -227,7 +259,10 @@ impl Pool {
     /// Limit and use.
     pub fn figures(&self) -> PoolFigures {
         let state = self.state.lock();
-        PoolFigures { limit: state.effective(), used: state.used }
+        PoolFigures {
+            limit: state.effective(),
+            used: state.used,
+        }
     }
 
     /// Takes `bytes` if the limit leaves them.
@@ -272,19 +307,30 @@ impl Pool {
     /// blocks have left since than are in main memory.
     pub fn too_early(&self, ghost: u32) -> bool {
         let state = self.state.lock();
-        ghost != 0 && state.evictions.wrapping_sub(ghost) as usize <= state.main.len() + state.probation.len()
+        ghost != 0
+            && state.evictions.wrapping_sub(ghost) as usize
+                <= state.main.len() + state.probation.len()
     }
 
     /// Puts a block that was just mapped or unmapped into a queue.
     pub fn seat(&self, queue: Queue, seat: Seat, bytes: usize, now: u32) {
-        self.state.lock().push(queue, Entry { seat, at: now, bytes: bytes as u32 });
+        self.state.lock().push(
+            queue,
+            Entry {
+                seat,
+                at: now,
+                bytes: bytes as u32,
+            },
+        );
     }
 
     /// Notes that `thread` was given a block, if it is its turn.
     pub fn given(&self, thread: u32, seat: Seat, now: u32) {
         let mut state = self.state.lock();
         if state.threads.len() >= MOST_ACTIVE {
-            state.threads.retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
+            state
+                .threads
+                .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
         }
         state.threads.insert(thread, now);
         if let Some(turn) = &mut state.turn
@@ -308,7 +354,9 @@ impl Pool {
     /// Tries to pin `bytes`: what is pinned must leave enough blocks to run.
     pub fn pin(&self, bytes: u64) -> Result<(), u64> {
         let mut state = self.state.lock();
-        let room = state.limit.saturating_sub(BLOCKS_TO_RUN as u64 * state.largest);
+        let room = state
+            .limit
+            .saturating_sub(BLOCKS_TO_RUN as u64 * state.largest);
         if state.pinned + bytes > room {
             return Err(room.saturating_sub(state.pinned));
         }
@@ -329,8 +377,16 @@ impl Pool {
         for queue in [&mut state.probation, &mut state.main, &mut state.resting] {
             queue.retain(|entry| entry.seat.region != region);
         }
-        state.probation_bytes = state.probation.iter().map(|entry| u64::from(entry.bytes)).sum();
-        state.resting_bytes = state.resting.iter().map(|entry| u64::from(entry.bytes)).sum();
+        state.probation_bytes = state
+            .probation
+            .iter()
+            .map(|entry| u64::from(entry.bytes))
+            .sum();
+        state.resting_bytes = state
+            .resting
+            .iter()
+            .map(|entry| u64::from(entry.bytes))
+            .sum();
     }
 
     /// Entries in all queues: stale ones are swept when there are many more of them than blocks.
@@ -356,7 +412,13 @@ impl Pool {
         let kept: Vec<(Queue, Vec<Entry>)> = taken
             .into_iter()
             .map(|(queue, entries)| {
-                (queue, entries.into_iter().filter(|entry| keep(entry.seat, queue)).collect::<Vec<_>>())
+                (
+                    queue,
+                    entries
+                        .into_iter()
+                        .filter(|entry| keep(entry.seat, queue))
+                        .collect::<Vec<_>>(),
+                )
             })
             .collect();
         let mut state = self.state.lock();
@@ -400,7 +462,11 @@ mod tests {
         }
         assert_eq!(pool.choose(1, 100), Victim::Zap(seat(0)));
         pool.seat(Queue::Resting, seat(0), 1, 100);
-        assert_eq!(pool.choose(1, 100), Victim::Zap(seat(1)), "one block may rest");
+        assert_eq!(
+            pool.choose(1, 100),
+            Victim::Zap(seat(1)),
+            "one block may rest"
+        );
         pool.seat(Queue::Resting, seat(1), 1, 100);
         assert_eq!(pool.choose(1, 100), Victim::Release(seat(0)));
     }
@@ -437,7 +503,9 @@ mod tests {
         pool.wait(true);
         let mut kept = Vec::new();
         for new in 10..14 {
-            let Victim::Zap(out) = pool.choose(7, 101) else { panic!("thread 7 has the turn") };
+            let Victim::Zap(out) = pool.choose(7, 101) else {
+                panic!("thread 7 has the turn")
+            };
             assert!(!kept.contains(&out));
             pool.seat(Queue::Probation, seat(new), 1, 101);
             pool.given(7, seat(new), 101);
@@ -447,6 +515,9 @@ mod tests {
             }
         }
         assert_eq!(pool.choose(7, 101), Victim::NotNow, "it has moved on");
-        assert!(matches!(pool.choose(8, 101), Victim::Zap(_)), "the next one's turn");
+        assert!(
+            matches!(pool.choose(8, 101), Victim::Zap(_)),
+            "the next one's turn"
+        );
     }
 }

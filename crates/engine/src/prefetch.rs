@@ -17,9 +17,15 @@ pub struct PrefetchTicket {
 }
 
 /// Starts to bring in the blocks of `ranges`, as many as the limit holds.
-pub(crate) fn start(engine: &'static Engine, body: &Arc<Body>, ranges: &[Range<u32>]) -> PrefetchTicket {
+pub(crate) fn start(
+    engine: &'static Engine,
+    body: &Arc<Body>,
+    ranges: &[Range<u32>],
+) -> PrefetchTicket {
     let figures = engine.pool_of(body).figures();
-    let mut room = figures.limit.saturating_sub(crate::pool::BLOCKS_TO_RUN as u64 * body.block as u64);
+    let mut room = figures
+        .limit
+        .saturating_sub(crate::pool::BLOCKS_TO_RUN as u64 * body.block as u64);
     let mut blocks = Vec::new();
     for block in ranges.iter().cloned().flatten() {
         let len = body.block_len(block) as u64;
@@ -41,7 +47,10 @@ pub(crate) fn start(engine: &'static Engine, body: &Arc<Body>, ranges: &[Range<u
         }
         blocks.push(block);
     }
-    PrefetchTicket { body: body.clone(), blocks }
+    PrefetchTicket {
+        body: body.clone(),
+        blocks,
+    }
 }
 
 impl PrefetchTicket {
@@ -51,7 +60,9 @@ impl PrefetchTicket {
             return true;
         }
         let table = self.body.lock();
-        self.blocks.iter().all(|block| table.state(*block) != State::Filling)
+        self.blocks
+            .iter()
+            .all(|block| table.state(*block) != State::Filling)
     }
 
     /// Waits for the end. Fails with the first block that could not be had.
@@ -64,7 +75,9 @@ impl PrefetchTicket {
             loop {
                 match table.state(*block) {
                     _ if table.closed => return Err(Error::Closed),
-                    State::Poisoned => return Err(crate::poison::error(&table, &self.body, *block)),
+                    State::Poisoned => {
+                        return Err(crate::poison::error(&table, &self.body, *block));
+                    }
                     State::Filling => self.body.sleep(&mut table, Duration::from_millis(100)),
                     _ => break,
                 }

@@ -56,20 +56,38 @@ fn shape(options: &RegionOptions, store: &dyn Store, limit: u64) -> Result<Shape
             "block is {block} bytes; it must be a power of two from {page} to {LARGEST_BLOCK}"
         )));
     }
-    let preferred = store.preferred_block().next_power_of_two().clamp(page, LARGEST_BLOCK);
+    let preferred = store
+        .preferred_block()
+        .next_power_of_two()
+        .clamp(page, LARGEST_BLOCK);
     let roomy = options.len >= AUTO_HUGE_FROM && limit >= AUTO_HUGE_FROM;
     match (options.pages, options.block) {
         (Pages::Huge, Some(block)) if block < HUGE => Err(Error::Invalid(format!(
             "pages=\"2MiB\" with a block of {block} bytes: a page is never larger than its block; ask for a block \
              of at least {HUGE} bytes or for pages=\"4KiB\""
         ))),
-        (Pages::Huge, block) => Ok(Shape { block: block.unwrap_or(HUGE.max(preferred)), huge: true }),
-        (Pages::Small, block) => Ok(Shape { block: block.unwrap_or(AUTO_SMALL.max(preferred)), huge: false }),
-        (Pages::Auto, Some(block)) => Ok(Shape { block, huge: block >= HUGE && options.len >= HUGE as u64 }),
-        (Pages::Auto, None) if roomy => Ok(Shape { block: HUGE.max(preferred), huge: true }),
+        (Pages::Huge, block) => Ok(Shape {
+            block: block.unwrap_or(HUGE.max(preferred)),
+            huge: true,
+        }),
+        (Pages::Small, block) => Ok(Shape {
+            block: block.unwrap_or(AUTO_SMALL.max(preferred)),
+            huge: false,
+        }),
+        (Pages::Auto, Some(block)) => Ok(Shape {
+            block,
+            huge: block >= HUGE && options.len >= HUGE as u64,
+        }),
+        (Pages::Auto, None) if roomy => Ok(Shape {
+            block: HUGE.max(preferred),
+            huge: true,
+        }),
         (Pages::Auto, None) => {
             let block = AUTO_SMALL.max(preferred);
-            Ok(Shape { block, huge: block >= HUGE && options.len >= HUGE as u64 })
+            Ok(Shape {
+                block,
+                huge: block >= HUGE && options.len >= HUGE as u64,
+            })
         }
     }
 }
@@ -91,7 +109,11 @@ fn memory(options: &RegionOptions, shape: &Shape, limit: u64) -> Result<Memory, 
             Err(_) => {}
         }
     }
-    let kind = if writable || shape.block > COPY_LIMIT { Kind::Small } else { Kind::Private };
+    let kind = if writable || shape.block > COPY_LIMIT {
+        Kind::Small
+    } else {
+        Kind::Private
+    };
     Memory::new(kind, length(small_page()), writable)
 }
 
@@ -99,16 +121,23 @@ impl Region {
     /// Opens `options.len` bytes of `store` as memory.
     pub fn open(store: Arc<dyn Store>, options: RegionOptions) -> Result<Arc<Region>, Error> {
         if options.len == 0 {
-            return Err(Error::Invalid("the region would be empty; the length must be at least 1 byte".into()));
+            return Err(Error::Invalid(
+                "the region would be empty; the length must be at least 1 byte".into(),
+            ));
         }
         if usize::try_from(options.len).is_err() || options.len > 1 << 46 {
-            return Err(Error::Invalid(format!("{} bytes do not fit into the address space", options.len)));
+            return Err(Error::Invalid(format!(
+                "{} bytes do not fit into the address space",
+                options.len
+            )));
         }
         if options.access == Access::ReadWrite && !store.writable() {
             return Err(Error::ReadOnly);
         }
         let engine = Engine::current()?;
-        let limit = options.memory_limit.unwrap_or_else(|| engine.pool.figures().limit);
+        let limit = options
+            .memory_limit
+            .unwrap_or_else(|| engine.pool.figures().limit);
         let shape = shape(&options, &*store, limit)?;
         let memory = memory(&options, &shape, limit)?;
         let own_pool = options.memory_limit.map(|limit| Arc::new(Pool::new(limit)));
@@ -130,7 +159,10 @@ impl Region {
             own.admit(body.block as u64);
         }
         engine.admit(&body);
-        let region = Arc::new(Region { body, state: AtomicU8::new(OPEN) });
+        let region = Arc::new(Region {
+            body,
+            state: AtomicU8::new(OPEN),
+        });
         fork::keep(&region.kept());
         engine.register(&region.body)?;
         Ok(region)
@@ -158,7 +190,10 @@ impl Region {
     }
 
     fn check(&self, offset: u64, len: u64) -> Result<(), Error> {
-        if offset.checked_add(len).is_none_or(|end| end > self.body.len as u64) {
+        if offset
+            .checked_add(len)
+            .is_none_or(|end| end > self.body.len as u64)
+        {
             return Err(Error::Invalid(format!(
                 "{len} bytes at offset {offset} lie outside of the region of {} bytes",
                 self.body.len
@@ -189,7 +224,11 @@ impl Region {
 
     /// Bytes of a page of the memory.
     pub fn page(&self) -> usize {
-        if self.body.memory.huge() { HUGE } else { small_page() }
+        if self.body.memory.huge() {
+            HUGE
+        } else {
+            small_page()
+        }
     }
 
     /// What the memory is made of.
@@ -235,7 +274,12 @@ impl Region {
     /// Brings a range in and keeps it there until the pin is dropped.
     pub fn pin(&self, offset: u64, len: u64, write: bool) -> Result<Pin, Error> {
         self.check(offset, len)?;
-        Pin::new(self.engine()?, &self.body, self.body.blocks(offset, len), write)
+        Pin::new(
+            self.engine()?,
+            &self.body,
+            self.body.blocks(offset, len),
+            write,
+        )
     }
 
     /// Writes back and releases the blocks of a range. Pinned blocks stay.
@@ -311,7 +355,12 @@ impl Region {
     }
 
     /// Reads up to `len` bytes of a descriptor into the region; returns how many there were.
-    pub fn read_from_fd(&self, fd: std::os::fd::RawFd, offset: u64, len: u64) -> Result<u64, Error> {
+    pub fn read_from_fd(
+        &self,
+        fd: std::os::fd::RawFd,
+        offset: u64,
+        len: u64,
+    ) -> Result<u64, Error> {
         self.check(offset, len)?;
         access::read_from(self.engine()?, &self.body, fd, offset, len)
     }
@@ -349,7 +398,9 @@ impl Region {
         self.wait_for_owners(None);
         // From here on nobody maps anything. What was written since the flush is still caught: unmap,
         // gather the evidence, write. A thread that touches meanwhile sleeps until the seal.
-        let last = self.gather().and_then(|()| clean::flush(engine, body, 0..body.all_blocks()));
+        let last = self
+            .gather()
+            .and_then(|()| clean::flush(engine, body, 0..body.all_blocks()));
         if let Err(error) = last {
             body.lock().closed = false;
             for block in 0..body.all_blocks() {
@@ -389,13 +440,22 @@ impl Region {
     /// Unmaps everything and gathers the evidence.
     fn gather(&self) -> Result<(), Error> {
         let body = &self.body;
-        let Some(engine) = Engine::existing() else { return Err(Error::Forked) };
+        let Some(engine) = Engine::existing() else {
+            return Err(Error::Forked);
+        };
         for block in 0..body.all_blocks() {
             if body.lock().state(block) != State::Resident || !body.memory.shared() {
                 continue;
             }
-            if body.memory.zap(body.start(block), body.block_len(block)).is_err() {
-                return Err(Error::last_os("madvise", "the program changed the region's mapping itself"));
+            if body
+                .memory
+                .zap(body.start(block), body.block_len(block))
+                .is_err()
+            {
+                return Err(Error::last_os(
+                    "madvise",
+                    "the program changed the region's mapping itself",
+                ));
             }
             let harvest = engine.harvest_zapped(body, block);
             let mut table = body.lock();
@@ -449,12 +509,16 @@ impl Drop for Region {
 }
 
 fn of_body(body: &Body) -> Stats {
-    let mut stats = Stats { regions: 1, ..Stats::default() };
+    let mut stats = Stats {
+        regions: 1,
+        ..Stats::default()
+    };
     body.counters.add_to(&mut stats);
     let table = body.lock();
     stats.resident = (table.resident * body.block) as u64;
     stats.resting = (table.resting * body.block) as u64;
-    stats.used = ((table.resident + table.resting + table.owned) * body.block).min(body.memory.len()) as u64;
+    stats.used =
+        ((table.resident + table.resting + table.owned) * body.block).min(body.memory.len()) as u64;
     stats.dirty = (table.home.count() * body.memory.page()) as u64;
     stats.pinned = (table.pins.len() * body.block) as u64;
     if body.memory.kind() == Kind::Hugetlb {
@@ -484,8 +548,11 @@ pub fn stats() -> Stats {
     let figures = engine.pool.figures();
     (total.limit, total.used) = (figures.limit, figures.used);
     total.staging = staging::STAGED.load(Ordering::Relaxed);
-    let histograms: Vec<_> =
-        bodies.iter().map(|body| &body.counters.latency).chain([&engine.past.latency]).collect();
+    let histograms: Vec<_> = bodies
+        .iter()
+        .map(|body| &body.counters.latency)
+        .chain([&engine.past.latency])
+        .collect();
     stats::percentiles(&histograms, &mut total);
     total
 }
@@ -494,9 +561,13 @@ pub fn stats() -> Stats {
 pub fn set_memory_limit(limit: Option<u64>) -> Result<u64, Error> {
     let engine = Engine::current()?;
     if limit == Some(0) {
-        return Err(Error::Invalid("a memory limit of 0 bytes: at least four blocks are needed to run".into()));
+        return Err(Error::Invalid(
+            "a memory limit of 0 bytes: at least four blocks are needed to run".into(),
+        ));
     }
-    let old = engine.pool.set_limit(limit.unwrap_or_else(crate::limit::auto));
+    let old = engine
+        .pool
+        .set_limit(limit.unwrap_or_else(crate::limit::auto));
     *engine.auto_limit.lock() = limit.is_none();
     engine.shrink();
     Ok(old)

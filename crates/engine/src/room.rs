@@ -30,17 +30,24 @@ pub(crate) struct Gate {
 impl Gate {
     pub(crate) fn new() -> Gate {
         let cgroup = Cgroup::current().filter(|cgroup| cgroup.limit().is_some());
-        Gate { cgroup, allowance: AtomicI64::new(0), looking: Mutex::new(()) }
+        Gate {
+            cgroup,
+            allowance: AtomicI64::new(0),
+            looking: Mutex::new(()),
+        }
     }
 
     /// True if the machine leaves `bytes` more. `own` is what the engine holds already.
     fn pass(&self, bytes: u64) -> bool {
-        let Some(cgroup) = &self.cgroup else { return true };
+        let Some(cgroup) = &self.cgroup else {
+            return true;
+        };
         if self.allowance.fetch_sub(bytes as i64, Ordering::Relaxed) >= bytes as i64 {
             return true;
         }
         let _looking = self.looking.lock();
-        let room = cgroup.headroom().unwrap_or(u64::MAX) as i64 - CGROUP_MARGIN as i64 - bytes as i64;
+        let room =
+            cgroup.headroom().unwrap_or(u64::MAX) as i64 - CGROUP_MARGIN as i64 - bytes as i64;
         if room > 0 {
             self.allowance.store(room.min(STRIDE), Ordering::Relaxed);
             return true;
@@ -52,9 +59,11 @@ impl Gate {
     fn give_back(&self, bytes: u64) {
         if self.cgroup.is_some() {
             // What was given back can be taken again; more than a stride is not saved up.
-            let _ = self.allowance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |allowance| {
-                Some((allowance + bytes as i64).min(STRIDE))
-            });
+            let _ =
+                self.allowance
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |allowance| {
+                        Some((allowance + bytes as i64).min(STRIDE))
+                    });
         }
     }
 }
@@ -107,8 +116,12 @@ impl Engine {
             let victim = self.victim_of(full, thread);
             let progress = match victim {
                 Victim::NotNow => return false,
-                Victim::Zap(seat) => self.with_seat(seat, |victim| evict::zap(self, victim, seat.block)),
-                Victim::Release(seat) => self.with_seat(seat, |victim| evict::release(self, victim, seat.block, lead)),
+                Victim::Zap(seat) => {
+                    self.with_seat(seat, |victim| evict::zap(self, victim, seat.block))
+                }
+                Victim::Release(seat) => self.with_seat(seat, |victim| {
+                    evict::release(self, victim, seat.block, lead)
+                }),
             };
             fruitless = if progress { 0 } else { fruitless + 1 };
             // Everything that could leave has been looked at and cannot: pinned, owned, or not writable.
@@ -125,8 +138,12 @@ impl Engine {
         while self.pool.over() && fruitless < 1000 {
             let progress = match self.victim_of(&self.pool, 0) {
                 Victim::NotNow => break,
-                Victim::Zap(seat) => self.with_seat(seat, |victim| evict::zap(self, victim, seat.block)),
-                Victim::Release(seat) => self.with_seat(seat, |victim| evict::release(self, victim, seat.block, &mut lead)),
+                Victim::Zap(seat) => {
+                    self.with_seat(seat, |victim| evict::zap(self, victim, seat.block))
+                }
+                Victim::Release(seat) => self.with_seat(seat, |victim| {
+                    evict::release(self, victim, seat.block, &mut lead)
+                }),
             };
             fruitless = if progress { 0 } else { fruitless + 1 };
         }
@@ -158,15 +175,27 @@ impl Engine {
     /// Puts a block into its pool's queues, and sweeps out stale entries when they pile up.
     pub(crate) fn seat(&self, body: &Body, block: u32, queue: Queue) {
         let pool = self.pool_of(body);
-        pool.seat(queue, body.seat(block), body.block_len(block), self.now_ms());
+        pool.seat(
+            queue,
+            body.seat(block),
+            body.block_len(block),
+            self.now_ms(),
+        );
         let figures = pool.figures();
-        if pool.entries() as u64 * (body.block as u64) > 4 * figures.limit + (64 * body.block as u64) {
+        if pool.entries() as u64 * (body.block as u64)
+            > 4 * figures.limit + (64 * body.block as u64)
+        {
             let mut seen = std::collections::HashSet::new();
             pool.sweep(|seat, queue| {
-                let state = self.by_id(seat.region).map(|body| body.lock().state(seat.block));
+                let state = self
+                    .by_id(seat.region)
+                    .map(|body| body.lock().state(seat.block));
                 let fits = match queue {
                     Queue::Resting => state == Some(State::Resting),
-                    _ => matches!(state, Some(State::Resident | State::Cleaning | State::Writing | State::Filling)),
+                    _ => matches!(
+                        state,
+                        Some(State::Resident | State::Cleaning | State::Writing | State::Filling)
+                    ),
                 };
                 fits && seen.insert(seat)
             });
@@ -185,7 +214,11 @@ pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State
     let closed = table.closed;
     drop(table);
     if !closed && (state == from || state.exclusive()) {
-        let queue = if from == State::Resting { Queue::Resting } else { Queue::Main };
+        let queue = if from == State::Resting {
+            Queue::Resting
+        } else {
+            Queue::Main
+        };
         engine.seat(body, block, queue);
     }
     false

@@ -101,7 +101,10 @@ pub(crate) struct Histogram {
 
 impl Histogram {
     fn new() -> Histogram {
-        Histogram { buckets: [const { AtomicU64::new(0) }; BUCKETS], max: AtomicU64::new(0) }
+        Histogram {
+            buckets: [const { AtomicU64::new(0) }; BUCKETS],
+            max: AtomicU64::new(0),
+        }
     }
 
     pub(crate) fn record(&self, ns: u64) {
@@ -113,7 +116,8 @@ impl Histogram {
         for (mine, theirs) in self.buckets.iter().zip(&other.buckets) {
             mine.fetch_add(theirs.load(Ordering::Relaxed), Ordering::Relaxed);
         }
-        self.max.fetch_max(other.max.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.max
+            .fetch_max(other.max.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
@@ -137,7 +141,9 @@ pub(crate) fn percentiles(histograms: &[&Histogram], stats: &mut Stats) {
         for (sum, count) in sums.iter_mut().zip(&histogram.buckets) {
             *sum += count.load(Ordering::Relaxed);
         }
-        stats.latency_max_ns = stats.latency_max_ns.max(histogram.max.load(Ordering::Relaxed));
+        stats.latency_max_ns = stats
+            .latency_max_ns
+            .max(histogram.max.load(Ordering::Relaxed));
     }
     let total: u64 = sums.iter().sum();
     let quantile = |share: f64| -> u64 {

@@ -121,7 +121,9 @@ impl Table {
         if purpose == Purpose::Evict && self.pins.contains_key(&block) {
             return false;
         }
-        let Some(next) = block::claim(state, purpose) else { return false };
+        let Some(next) = block::claim(state, purpose) else {
+            return false;
+        };
         self.set(block, next);
         true
     }

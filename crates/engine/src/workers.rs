@@ -40,7 +40,14 @@ pub(crate) struct Touch {
 impl Touch {
     /// Own regions ask for no events, so every message is a fault.
     fn from_message(message: &Message, read: Instant) -> Option<Touch> {
-        let Message::Pagefault { flags, address, ptid } = *message else { return None };
+        let Message::Pagefault {
+            flags,
+            address,
+            ptid,
+        } = *message
+        else {
+            return None;
+        };
         let fault = if flags & UFFD_PAGEFAULT_FLAG_WP != 0 {
             Fault::WriteProtect
         } else if flags & UFFD_PAGEFAULT_FLAG_MINOR != 0 {
@@ -48,7 +55,12 @@ impl Touch {
         } else {
             Fault::Missing
         };
-        Some(Touch { address, fault, thread: ptid, read })
+        Some(Touch {
+            address,
+            fault,
+            thread: ptid,
+            read,
+        })
     }
 }
 
@@ -85,7 +97,11 @@ pub(crate) struct Lead {
 impl Lead {
     /// A thread that has no lead to give up.
     pub(crate) fn none(engine: &'static Engine) -> Lead {
-        Lead { engine, held: false, unanswered: VecDeque::new() }
+        Lead {
+            engine,
+            held: false,
+            unanswered: VecDeque::new(),
+        }
     }
 
     /// To be called before anything that may wait.
@@ -97,7 +113,9 @@ impl Lead {
         let workers = &self.engine.workers;
         let mut state = workers.state.lock();
         state.leader = false;
-        state.queue.extend(self.unanswered.drain(..).map(Task::Touch));
+        state
+            .queue
+            .extend(self.unanswered.drain(..).map(Task::Touch));
         workers.call(self.engine, state);
     }
 }
@@ -156,11 +174,14 @@ impl Workers {
                 Ok(messages) => messages,
                 // A message is never lost by these two; anything else cannot happen on a blocking
                 // descriptor that is open and a buffer that is there.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => continue,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
+                    continue;
+                }
                 Err(error) => panic!("reading the userfaultfd: {error}"),
             };
             let read = Instant::now();
-            lead.unanswered.extend(messages.filter_map(|message| Touch::from_message(&message, read)));
+            lead.unanswered
+                .extend(messages.filter_map(|message| Touch::from_message(&message, read)));
             while let Some(touch) = lead.unanswered.pop_front() {
                 engine.answer(&touch, &mut lead);
             }

@@ -22,9 +22,16 @@ const CHUNK: usize = 64 << 10;
 impl Plain {
     fn new(len: usize, fill: impl Fn(usize) -> u8) -> Arc<Plain> {
         let chunks = (0..len.div_ceil(CHUNK))
-            .map(|chunk| std::sync::Mutex::new((chunk * CHUNK..(chunk + 1) * CHUNK).map(&fill).collect()))
+            .map(|chunk| {
+                std::sync::Mutex::new((chunk * CHUNK..(chunk + 1) * CHUNK).map(&fill).collect())
+            })
             .collect();
-        Arc::new(Plain { chunks, len: len as u64, reads: AtomicU64::new(0), writes: AtomicU64::new(0) })
+        Arc::new(Plain {
+            chunks,
+            len: len as u64,
+            reads: AtomicU64::new(0),
+            writes: AtomicU64::new(0),
+        })
     }
 
     fn byte(&self, at: usize) -> u8 {
@@ -39,7 +46,9 @@ impl Store for Plain {
         let mut rest = buf;
         while !rest.is_empty() {
             let step = rest.len().min(CHUNK - at % CHUNK);
-            rest[..step].copy_from_slice(&self.chunks[at / CHUNK].lock().unwrap()[at % CHUNK..at % CHUNK + step]);
+            rest[..step].copy_from_slice(
+                &self.chunks[at / CHUNK].lock().unwrap()[at % CHUNK..at % CHUNK + step],
+            );
             rest = &mut rest[step..];
             at += step;
         }
@@ -53,7 +62,8 @@ impl Store for Plain {
         let mut rest = data;
         while !rest.is_empty() {
             let step = rest.len().min(CHUNK - at % CHUNK);
-            self.chunks[at / CHUNK].lock().unwrap()[at % CHUNK..at % CHUNK + step].copy_from_slice(&rest[..step]);
+            self.chunks[at / CHUNK].lock().unwrap()[at % CHUNK..at % CHUNK + step]
+                .copy_from_slice(&rest[..step]);
             rest = &rest[step..];
             at += step;
         }
@@ -96,20 +106,36 @@ fn options(access: Access, len: usize, block: usize, pages: Pages, limit: u64) -
 }
 
 fn pattern(at: usize) -> u8 {
-    (at as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes()[0]
+    (at as u64)
+        .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+        .to_be_bytes()[0]
 }
 
 #[test]
 fn a_read_only_sweep_sees_every_byte() {
-    for (block, pages) in [(4096, Pages::Small), (65536, Pages::Small), (2 << 20, Pages::Small), (2 << 20, Pages::Huge)] {
+    for (block, pages) in [
+        (4096, Pages::Small),
+        (65536, Pages::Small),
+        (2 << 20, Pages::Small),
+        (2 << 20, Pages::Huge),
+    ] {
         let len = (20 << 20) + 12345;
         let store = Plain::new(len, pattern);
-        let region = Region::open(store.clone(), options(Access::ReadOnly, len, block, pages, 8 << 20)).unwrap();
+        let region = Region::open(
+            store.clone(),
+            options(Access::ReadOnly, len, block, pages, 8 << 20),
+        )
+        .unwrap();
         for round in 0..2 {
             for at in (0..len).step_by(977) {
                 // SAFETY: inside of the region.
                 let byte = unsafe { region.base().add(at).read_volatile() };
-                assert_eq!(byte, pattern(at), "round {round}, byte {at}, {}", region.pages());
+                assert_eq!(
+                    byte,
+                    pattern(at),
+                    "round {round}, byte {at}, {}",
+                    region.pages()
+                );
             }
         }
         let stats = region.stats();
@@ -121,11 +147,20 @@ fn a_read_only_sweep_sees_every_byte() {
 
 #[test]
 fn writers_under_a_small_limit_lose_nothing() {
-    for (block, pages) in [(4096, Pages::Small), (65536, Pages::Small), (2 << 20, Pages::Small), (2 << 20, Pages::Huge)] {
+    for (block, pages) in [
+        (4096, Pages::Small),
+        (65536, Pages::Small),
+        (2 << 20, Pages::Small),
+        (2 << 20, Pages::Huge),
+    ] {
         let len = 24 << 20;
         let store = Plain::new(len, |_| 0);
         let limit = (4 * block as u64).max(1 << 20);
-        let region = Region::open(store.clone(), options(Access::ReadWrite, len, block, pages, limit)).unwrap();
+        let region = Region::open(
+            store.clone(),
+            options(Access::ReadWrite, len, block, pages, limit),
+        )
+        .unwrap();
         let rounds = if block < HUGE { 20_000 } else { 2_000 };
         let words = len / 8;
         let base = region.base() as usize;
@@ -164,7 +199,11 @@ fn writers_under_a_small_limit_lose_nothing() {
             for (index, byte) in bytes.iter_mut().enumerate() {
                 *byte = store.byte(word * 8 + index);
             }
-            assert_eq!(u64::from_ne_bytes(bytes), *expected, "word {word}, {pages:?} {block}");
+            assert_eq!(
+                u64::from_ne_bytes(bytes),
+                *expected,
+                "word {word}, {pages:?} {block}"
+            );
         }
     }
 }

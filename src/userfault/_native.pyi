@@ -57,7 +57,6 @@ class FaultyStore(Store):
 
 __all__ = ["Userfaultfd", "__version__", "abi_table", "offered_features", "pagemap_scan"]
 
-
 @final
 class Userfaultfd:
     closed: bool

@@ -1,4 +1,6 @@
 //! Regions against a plain array, on every kind of memory.
+//!
+//! Unsafe: touches the memory of regions through raw pointers, as programs do.
 
 use std::io;
 use std::sync::Arc;

@@ -167,10 +167,15 @@ impl Body {
     /// Ends ownership of a block. True if a toucher waits and must be woken.
     pub(crate) fn release(&self, table: &mut Table, block: u32, state: State) -> bool {
         let waited = table.release(block, state);
+        self.changed(table);
+        waited
+    }
+
+    /// Wakes the callers that sleep until something changes.
+    pub(crate) fn changed(&self, table: &Table) {
         if table.sleepers > 0 {
             self.changed.notify_all();
         }
-        waited
     }
 
     /// Reads a block's bytes from the store; the tail beyond the region is zeroed.

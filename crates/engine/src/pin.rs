@@ -181,7 +181,14 @@ impl<'a> Hold<'a> {
         body: &'a Arc<Body>,
         block: u32,
     ) -> Result<Hold<'a>, Error> {
-        add(&mut body.lock(), body, block, false);
+        {
+            let mut table = body.lock();
+            if table.closed {
+                return Err(Error::Closed);
+            }
+            table.holds += 1;
+            add(&mut table, body, block, false);
+        }
         let hold = Hold { body, block };
         make_resident(engine, body, block)?;
         Ok(hold)
@@ -190,6 +197,9 @@ impl<'a> Hold<'a> {
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        take(&mut self.body.lock(), self.body, self.block, false);
+        let mut table = self.body.lock();
+        table.holds -= 1;
+        take(&mut table, self.body, self.block, false);
+        self.body.changed(&table);
     }
 }

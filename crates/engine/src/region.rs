@@ -411,7 +411,7 @@ impl Region {
             }
             return Err(error);
         }
-        self.seal(engine);
+        self.seal(engine, None);
         Ok(())
     }
 
@@ -425,14 +425,13 @@ impl Region {
             }
             table.closed = true;
         }
-        self.wait_for_owners(Some(self.body.retry_for + Duration::from_secs(2)));
-        self.seal(engine);
+        self.seal(engine, Some(self.body.retry_for + Duration::from_secs(2)));
     }
 
     fn wait_for_owners(&self, at_most: Option<Duration>) {
         let began = Instant::now();
         let mut table = self.body.lock();
-        while table.owned > 0 && at_most.is_none_or(|limit| began.elapsed() < limit) {
+        while table.in_use() && at_most.is_none_or(|limit| began.elapsed() < limit) {
             self.body.sleep(&mut table, Duration::from_millis(50));
         }
     }
@@ -465,8 +464,10 @@ impl Region {
         Ok(())
     }
 
-    fn seal(&self, engine: &'static Engine) {
+    fn seal(&self, engine: &'static Engine, at_most: Option<Duration>) {
         let body = &self.body;
+        body.lock().sealed = true;
+        self.wait_for_owners(at_most);
         body.memory.seal();
         // Sleepers find PROT_NONE now, and get SIGSEGV instead of sleeping on.
         let _ = engine.uffd.wake(body.memory.main(), body.memory.len());
@@ -478,7 +479,7 @@ impl Region {
                 .filter(|block| matches!(table.state(*block), State::Resident | State::Resting))
                 .map(|block| body.block_len(block))
                 .sum();
-            (bytes as u64, table.owned == 0 && table.hung.is_empty())
+            (bytes as u64, !table.in_use() && table.hung.is_empty())
         };
         engine.give_back(body, bytes);
         let mut gone = self.kept();

@@ -63,8 +63,12 @@ pub struct Table {
     pub(crate) resting: usize,
     /// Blocks that somebody owns.
     pub(crate) owned: usize,
-    /// Set by close: no block is claimed any more.
+    /// Set while the region is being closed: blocks are only cleaned.
     pub(crate) closed: bool,
+    /// Set before the mappings go: nobody takes a block any more, whatever for.
+    pub(crate) sealed: bool,
+    /// Copies out of private memory under way.
+    pub(crate) holds: usize,
 }
 
 impl Table {
@@ -84,6 +88,8 @@ impl Table {
             resting: 0,
             owned: 0,
             closed: false,
+            sealed: false,
+            holds: 0,
         }
     }
 
@@ -111,10 +117,15 @@ impl Table {
         self.state[block as usize] = state as u8;
     }
 
+    /// True if somebody uses the memory through the view or the mapping at this moment.
+    pub(crate) fn in_use(&self) -> bool {
+        self.owned > 0 || self.holds > 0
+    }
+
     /// Takes the block for `purpose`; false if its state does not allow it now. While a region is being
     /// closed, blocks are only cleaned.
     pub(crate) fn claim(&mut self, block: u32, purpose: Purpose) -> bool {
-        if self.closed && purpose != Purpose::Clean {
+        if self.sealed || (self.closed && purpose != Purpose::Clean) {
             return false;
         }
         let state = self.state(block);

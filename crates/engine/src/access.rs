@@ -182,6 +182,7 @@ fn let_go(engine: &Engine, body: &Body, block: u32, before: State) {
     let waited = body.release(&mut table, block, after);
     drop(table);
     if before == State::Absent {
+        engine.settle_tables(body);
         engine.seat(body, block, Queue::Resting);
     }
     if waited {

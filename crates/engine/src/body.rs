@@ -12,7 +12,7 @@ use userfault_store::Store;
 
 use crate::block::State;
 use crate::error::Error;
-use crate::memory::Memory;
+use crate::memory::{HUGE, Kind, Memory};
 use crate::pool::{Pool, Seat};
 use crate::stats::Counters;
 use crate::table::Table;
@@ -90,7 +90,7 @@ impl Body {
             memory: plan.memory,
             block: plan.block,
             own_pool: plan.own_pool,
-            table: Mutex::new(Table::new(blocks, pages)),
+            table: Mutex::new(Table::new(blocks, pages, (HUGE / plan.block).max(1))),
             changed: Condvar::new(),
             counters: Counters::new(),
         }
@@ -131,6 +131,25 @@ impl Body {
     pub(crate) fn pages(&self, block: u32) -> Range<usize> {
         let start = self.start(block) / self.memory.page();
         start..start + self.block_len(block) / self.memory.page()
+    }
+
+    /// The span of a block: what one page table of the user's mapping covers, or the block if that is
+    /// larger. Start and length in the region, bytes.
+    pub(crate) fn span(&self, block: u32) -> (usize, usize) {
+        let len = self.block.max(HUGE);
+        let start = self.start(block) / len * len;
+        (start, len.min(self.memory.len() - start))
+    }
+
+    /// Page tables that a span in use needs, in both mappings, bytes.
+    pub(crate) fn span_tables(&self) -> u64 {
+        let tables = (self.block.max(HUGE) / HUGE * crate::memory::small_page()) as u64;
+        match self.memory.kind() {
+            Kind::Hugetlb => 0,
+            // The view of huge pages needs no table of its own.
+            Kind::Private | Kind::HugeTmpfs => tables,
+            Kind::Small => 2 * tables,
+        }
     }
 
     /// The blocks that `len` bytes at `offset` touch.

@@ -42,8 +42,12 @@ fn unmap(engine: &Engine, body: &Body, block: u32) {
         let mut table = body.lock();
         table.set_ghost(block, evictions.max(1));
         waited = body.release(&mut table, block, State::Absent);
+        let idle = table.span_idle(block);
         drop(table);
         engine.give_back(body, len as u64);
+        if idle {
+            engine.release_tables(body, block);
+        }
         add(&body.counters.evictions, 1);
     }
     if waited {
@@ -102,8 +106,12 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
     let mut table = body.lock();
     table.set_ghost(block, evictions.max(1));
     let waited = body.release(&mut table, block, State::Absent);
+    let idle = table.span_idle(block);
     drop(table);
     engine.give_back(body, len as u64);
+    if idle {
+        engine.release_tables(body, block);
+    }
     add(&body.counters.evictions, 1);
     if waited {
         engine.wake(body, block);

@@ -326,6 +326,7 @@ impl Engine {
                 // The mapping woke everybody who slept on the block.
                 let _ = body.release(&mut table, block, State::Resident);
                 drop(table);
+                self.settle_tables(body);
                 self.seat(
                     body,
                     block,

@@ -290,6 +290,22 @@ impl Memory {
         Ok(())
     }
 
+    /// Unmaps pages from the view, if there is one. They stay in memory.
+    pub fn zap_view(&self, offset: usize, len: usize) {
+        assert!(offset + len <= self.len);
+        if self.shared() {
+            // SAFETY: the range lies in the view, which this value owns; the pages stay in the file, and
+            // whoever reads or writes through the view meanwhile faults them in again.
+            unsafe {
+                libc::madvise(
+                    (self.view + offset) as *mut libc::c_void,
+                    len,
+                    libc::MADV_DONTNEED,
+                )
+            };
+        }
+    }
+
     /// The bytes of a block through the view.
     ///
     /// # Safety

@@ -482,6 +482,8 @@ impl Region {
             (bytes as u64, !table.in_use() && table.hung.is_empty())
         };
         engine.give_back(body, bytes);
+        body.lock().forget_spans();
+        engine.settle_tables(body);
         let mut gone = self.kept();
         gone.remove(0);
         if idle {
@@ -520,6 +522,7 @@ fn of_body(body: &Body) -> Stats {
     stats.resting = (table.resting * body.block) as u64;
     stats.used =
         ((table.resident + table.resting + table.owned) * body.block).min(body.memory.len()) as u64;
+    stats.page_tables = table.spans_used as u64 * body.span_tables();
     stats.dirty = (table.home.count() * body.memory.page()) as u64;
     stats.pinned = (table.pins.len() * body.block) as u64;
     if body.memory.kind() == Kind::Hugetlb {
@@ -542,6 +545,7 @@ pub fn stats() -> Stats {
         total.resident += one.resident;
         total.resting += one.resting;
         total.hugetlb += one.hugetlb;
+        total.page_tables += one.page_tables;
         total.dirty += one.dirty;
         total.pinned += one.pinned;
     }

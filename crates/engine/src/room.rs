@@ -6,6 +6,7 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 
 use parking_lot::Mutex;
+use userfault_uffd::abi::UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
 
 use crate::block::{Purpose, State};
 use crate::body::Body;
@@ -101,6 +102,46 @@ impl Engine {
         if body.memory.kind() != Kind::Hugetlb {
             self.gate.give_back(bytes);
         }
+    }
+
+    /// Charges page tables that came into use to the pools, and gives back those that went.
+    pub(crate) fn settle_tables(&self, body: &Body) {
+        let spans = body.lock().settle_spans();
+        let bytes = spans.unsigned_abs() * body.span_tables();
+        if bytes == 0 {
+            return;
+        }
+        for pool in [body.own_pool.as_deref(), Some(&*self.pool)]
+            .into_iter()
+            .flatten()
+        {
+            if spans > 0 {
+                pool.charge(bytes)
+            } else {
+                pool.give_back(bytes)
+            }
+        }
+    }
+
+    /// Gives back the page tables of a block's span, if nothing of it is in memory.
+    ///
+    /// Write-protect markers keep a table in use, so they are lifted first; then unmapping the whole span
+    /// frees the table. Both are safe beside a fill that begins meanwhile: a page without its marker counts
+    /// as dirty, and a page that is unmapped again faults again.
+    pub(crate) fn release_tables(&self, body: &Body, block: u32) {
+        let (start, len) = body.span(block);
+        if self.tracks(body) {
+            let _ = self.uffd.writeprotect(
+                body.memory.main() + start,
+                len,
+                UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
+            );
+        }
+        if body.memory.kind() != Kind::Hugetlb {
+            let _ = body.memory.zap(start, len);
+            body.memory.zap_view(start, len);
+        }
+        self.settle_tables(body);
     }
 
     /// Takes `bytes` for a block of `body`, evicting others as needed. False: not now.

@@ -46,6 +46,12 @@ pub struct Table {
     flags: Vec<u8>,
     /// For each absent block, the pool's eviction number when it left (0: never evicted).
     ghosts: Vec<u32>,
+    /// Blocks of each span that are not absent: a span that has none needs no page table.
+    spans: Vec<u16>,
+    blocks_per_span: usize,
+    /// Spans that came into use, less those that went out, since the pool was last told.
+    unsettled_spans: i64,
+    pub(crate) spans_used: usize,
     pub(crate) pins: HashMap<u32, Pins>,
     /// Pages that differ from their home; the store's consumer.
     pub(crate) home: DirtyMap,
@@ -72,8 +78,12 @@ pub struct Table {
 }
 
 impl Table {
-    pub(crate) fn new(blocks: usize, pages: usize) -> Table {
+    pub(crate) fn new(blocks: usize, pages: usize, blocks_per_span: usize) -> Table {
         Table {
+            spans: vec![0; blocks.div_ceil(blocks_per_span)],
+            blocks_per_span,
+            unsettled_spans: 0,
+            spans_used: 0,
             state: vec![0; blocks],
             flags: vec![0; blocks],
             ghosts: vec![0; blocks],
@@ -115,6 +125,36 @@ impl Table {
         self.owned -= usize::from(old.exclusive());
         self.owned += usize::from(state.exclusive());
         self.state[block as usize] = state as u8;
+        let was = old != State::Absent;
+        let is = state != State::Absent;
+        if was != is {
+            let span = &mut self.spans[block as usize / self.blocks_per_span];
+            if is {
+                *span += 1;
+                self.spans_used += usize::from(*span == 1);
+                self.unsettled_spans += i64::from(*span == 1);
+            } else {
+                *span -= 1;
+                self.spans_used -= usize::from(*span == 0);
+                self.unsettled_spans -= i64::from(*span == 0);
+            }
+        }
+    }
+
+    /// True if no block of the block's span is in use.
+    pub(crate) fn span_idle(&self, block: u32) -> bool {
+        self.spans[block as usize / self.blocks_per_span] == 0
+    }
+
+    /// Forgets all spans: the mappings are gone.
+    pub(crate) fn forget_spans(&mut self) {
+        self.unsettled_spans -= self.spans_used as i64;
+        self.spans_used = 0;
+    }
+
+    /// Spans that came into use since the last call, less those that went out.
+    pub(crate) fn settle_spans(&mut self) -> i64 {
+        std::mem::take(&mut self.unsettled_spans)
     }
 
     /// True if somebody uses the memory through the view or the mapping at this moment.

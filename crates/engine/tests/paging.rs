@@ -209,3 +209,75 @@ fn writers_under_a_small_limit_lose_nothing() {
         }
     }
 }
+
+fn page_tables() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmPTE:"))
+        .unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<u64>()
+        .unwrap()
+        << 10
+}
+
+#[test]
+fn a_sweep_leaves_no_page_tables_behind() {
+    let len = 512 << 20;
+    let store = Plain::new(CHUNK, |_| 0);
+    for (access, pages, block) in [
+        (Access::ReadOnly, Pages::Small, 65536),
+        (Access::ReadWrite, Pages::Small, 65536),
+        (Access::ReadWrite, Pages::Huge, HUGE),
+    ] {
+        let region = Region::open(
+            Arc::new(Sparse(store.clone(), len)),
+            options(access, len, block, pages, 16 << 20),
+        )
+        .unwrap();
+        let before = page_tables();
+        for at in (0..len).step_by(4096) {
+            // SAFETY: inside of the region.
+            unsafe { region.base().add(at).read_volatile() };
+        }
+        let (grown, counted) = (
+            page_tables().saturating_sub(before),
+            region.stats().page_tables,
+        );
+        println!("{}: {grown} bytes grown, {counted} counted", region.pages());
+        // Without releasing them it would be 1 or 2 MiB: 4 KiB for each 2 MiB and mapping.
+        assert!(grown <= 256 << 10, "{grown} bytes of page tables stay");
+        assert!(counted <= 256 << 10);
+    }
+}
+
+/// Zeros of any length.
+struct Sparse(Arc<Plain>, usize);
+
+impl Store for Sparse {
+    fn read(&self, _offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(0);
+        Ok(())
+    }
+    fn write(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.0.punch(offset, len)
+    }
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn len(&self) -> u64 {
+        self.1 as u64
+    }
+    fn writable(&self) -> bool {
+        true
+    }
+    fn name(&self) -> String {
+        "sparse".into()
+    }
+}

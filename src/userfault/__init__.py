@@ -1,5 +1,13 @@
 """User-space paging for Python, on Linux userfaultfd.
 
+A file larger than memory, used as memory::
+
+    import userfault
+
+    a = userfault.memmap("big.bin", dtype="float64", mode="r+", memory_limit="256MiB")
+    a.sort()
+    a.flush()
+
 Names are loaded when they are first used, so that importing the package works on every platform; on one
 that cannot page, the first use says what is missing.
 """
@@ -11,36 +19,71 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from userfault._native import FileStore, MemoryStore, Store, ZeroStore
+    from userfault._native import (
+        FileStore,
+        MemoryStore,
+        Pin,
+        PrefetchTicket,
+        Stats,
+        Store,
+        ZeroStore,
+    )
     from userfault.errors import CorruptError, Error, InUseError, PoisonedError, StoreError
+    from userfault.limits import set_memory_limit, stats
+    from userfault.mapped_array import memmap
+    from userfault.npy import load, open_memmap
+    from userfault.opening import open
+    from userfault.region import BlockError, Region
     from userfault.userfaultfd import Userfaultfd
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BlockError": "userfault.region",
     "CorruptError": "userfault.errors",
     "Error": "userfault.errors",
     "FileStore": "userfault._native",
     "InUseError": "userfault.errors",
     "MemoryStore": "userfault._native",
+    "Pin": "userfault._native",
     "PoisonedError": "userfault.errors",
+    "PrefetchTicket": "userfault._native",
+    "Region": "userfault.region",
+    "Stats": "userfault._native",
     "Store": "userfault._native",
     "StoreError": "userfault.errors",
     "Userfaultfd": "userfault.userfaultfd",
     "ZeroStore": "userfault._native",
+    "load": "userfault.npy",
+    "memmap": "userfault.mapped_array",
+    "open": "userfault.opening",
+    "open_memmap": "userfault.npy",
+    "set_memory_limit": "userfault.limits",
+    "stats": "userfault.limits",
 }
 
 __all__ = [
+    "BlockError",
     "CorruptError",
     "Error",
     "FileStore",
     "InUseError",
     "MemoryStore",
+    "Pin",
     "PoisonedError",
+    "PrefetchTicket",
+    "Region",
+    "Stats",
     "Store",
     "StoreError",
     "Userfaultfd",
     "ZeroStore",
+    "load",
+    "memmap",
+    "open",
+    "open_memmap",
+    "set_memory_limit",
+    "stats",
 ]
 
 

@@ -50,6 +50,18 @@ def test_elsewhere_the_first_use_names_linux(run_child: RunChild) -> None:
     assert "needs Linux 5.19 or newer: this is darwin" in done.stderr
 
 
+def test_without_numpy_arrays_say_so(run_child: RunChild) -> None:
+    done = run_child(without("numpy") + "import userfault\nuserfault.memmap('x')", check=False)
+    assert done.status == 1
+    assert "ImportError: userfault.memmap needs NumPy" in done.stderr
+
+
+def test_without_numpy_regions_work(run_child: RunChild, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    code = without("numpy") + "import userfault\nprint(bytes(userfault.open(sys.argv[1])))"
+    assert run_child(code, str(tmp_path / "x")).stdout.strip() == "b'abc'"
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'opne'"):
         _ = userfault.opne  # type: ignore[attr-defined]

@@ -3,10 +3,11 @@
 use std::io;
 use std::path::Path;
 
-use pyo3::exceptions::{PyOSError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyType;
+use userfault_engine::Error;
 use userfault_store::OpenError;
 
 /// A class of `userfault.errors`, which is Python's own file: its docstrings are read there.
@@ -76,11 +77,8 @@ pub fn io_error(
 
 /// A file that cannot be opened: `userfault.InUseError`, or the OSError that open() would raise.
 pub fn open_error(py: Python<'_>, error: &OpenError) -> PyErr {
-    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
     match error {
-        OpenError::InUse { path, .. } => raise(py, &CLASS, "InUseError", |class| {
-            class.call1((libc::EAGAIN, error.to_string(), path.as_os_str()))
-        }),
+        OpenError::InUse { path, .. } => in_use(py, &error.to_string(), path.as_os_str()),
         OpenError::Kind { path } if path.is_dir() => {
             os_error(libc::EISDIR, "Is a directory", Some(path))
         }
@@ -103,6 +101,65 @@ pub fn open_error(py: Python<'_>, error: &OpenError) -> PyErr {
             os_error(errno, &text, Some(path))
         }
     }
+}
+
+/// An error of the engine as the exception that a Python programmer expects.
+pub fn engine_error(py: Python<'_>, error: &Error) -> PyErr {
+    static POISONED: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    static UNSUPPORTED: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let text = error.to_string();
+    match error {
+        Error::Invalid(_) => PyValueError::new_err(text),
+        Error::Os { errno, .. } => os_error(*errno, &text, None),
+        Error::Store {
+            store,
+            what,
+            offset,
+            len,
+            errno,
+            message,
+        } => {
+            let text = match *what {
+                "sync" => format!("sync failed: {message}"),
+                _ => format!("{what} of {len} bytes at {offset} failed: {message}"),
+            };
+            let errno = if *errno == 0 { libc::EIO } else { *errno };
+            store_error(py, store, what, (*offset, *len), errno, &text)
+        }
+        Error::Poisoned { offset, len, .. } => raise(py, &POISONED, "PoisonedError", |class| {
+            let value = class.call1((text,))?;
+            value.setattr("offset", *offset)?;
+            value.setattr("length", *len)?;
+            Ok(value)
+        }),
+        Error::Memory { .. } => PyMemoryError::new_err(text),
+        Error::Closed => closed(),
+        Error::Forked => PyRuntimeError::new_err(text),
+        Error::ReadOnly => match UNSUPPORTED.import(py, "io", "UnsupportedOperation") {
+            Ok(class) => PyErr::from_type(class.clone(), text),
+            Err(error) => error,
+        },
+    }
+}
+
+/// What every file-like object of Python says once it is closed.
+pub fn closed() -> PyErr {
+    PyValueError::new_err("I/O operation on closed region")
+}
+
+/// Somebody in this process writes the store already.
+pub fn in_use_error(py: Python<'_>, name: &str) -> PyErr {
+    let text = "a writable region of this store is open already: two writers would lose each other's bytes. \
+                Close the other one, open this one read-only, or pass locking=False if you see to it that they \
+                never write the same pages";
+    in_use(py, text, name)
+}
+
+fn in_use(py: Python<'_>, text: &str, file: impl for<'p> IntoPyObject<'p>) -> PyErr {
+    static CLASS: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    raise(py, &CLASS, "InUseError", |class| {
+        class.call1((libc::EAGAIN, text, file))
+    })
 }
 
 /// An OSError; Python picks its subclass by the number.

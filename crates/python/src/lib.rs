@@ -9,6 +9,10 @@ mod errors;
 mod faulty_store;
 mod file_store;
 mod memory_store;
+mod pin;
+mod prefetch_ticket;
+mod region;
+mod stats;
 mod store;
 mod userfaultfd;
 mod zero_store;
@@ -26,5 +30,11 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(userfaultfd::pagemap_scan, m)?)?;
     m.add_function(wrap_pyfunction!(userfaultfd::offered_features, m)?)?;
     m.add_function(wrap_pyfunction!(userfaultfd::abi_table, m)?)?;
+    m.add_class::<region::Region>()?;
+    m.add_class::<pin::Pin>()?;
+    m.add_class::<prefetch_ticket::PrefetchTicket>()?;
+    m.add_class::<stats::Stats>()?;
+    m.add_function(wrap_pyfunction!(region::set_memory_limit, m)?)?;
+    m.add_function(wrap_pyfunction!(stats::stats, m)?)?;
     Ok(())
 }

@@ -1,0 +1,130 @@
+"""Reading, polling and closing a userfaultfd's descriptor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from userfault import abi
+from userfault.model.context import Context
+from userfault.model.errnos import EAGAIN, EINTR, EINVAL, EMFILE, SystemCallError
+from userfault.model.process import Descriptors, OpenFile
+from userfault.model.register import clear
+from userfault.model.step import Op, Sleep
+
+if TYPE_CHECKING:
+    from userfault.model.thread import Thread
+
+MESSAGE = 32  # bytes of one message
+
+POLLIN = 1
+POLLERR = 8
+
+
+class ReadWait(Sleep):
+    """A thread that waits for a message."""
+
+    __slots__ = ("ctx",)
+    interruptible = True
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+
+    def ready(self) -> bool:
+        return self.ctx.readable
+
+    @property
+    def what(self) -> str:
+        return f"wait for a message of {self.ctx.name}"
+
+
+def read(thread: Thread, file: OpenFile, size: int) -> Op[list[abi.Message]]:
+    """read(2): as many whole messages as fit into `size` bytes; sleeps for the first one only [M4, M7].
+
+    All pending faults come before any event, each kind first in, first out [M5]. Raises SystemCallError.
+    """
+    ctx: Context = file.target
+    if not ctx.initialized or size < MESSAGE:
+        raise SystemCallError(EINVAL)
+    messages: list[abi.Message] = []
+    while len(messages) < size // MESSAGE:
+        yield "read a message"
+        if not ctx.readable:
+            if messages:
+                break
+            if file.nonblock:
+                raise SystemCallError(EAGAIN)
+            if thread.signals:
+                thread.handle_signals()
+                raise SystemCallError(EINTR)
+            yield ReadWait(ctx)
+            continue
+        try:
+            messages.append(_take(thread, ctx, file))
+        except SystemCallError:
+            if messages:
+                break
+            raise
+    return messages
+
+
+def _take(thread: Thread, ctx: Context, file: OpenFile) -> abi.Message:
+    """userfaultfd_ctx_read, without the waiting."""
+    if ctx.fault_pending:
+        fault = ctx.fault_pending.pop(0)
+        ctx.faults.append(fault)
+        return fault.message
+    event = ctx.events[0]
+    message = event.message
+    if event.child is not None:  # resolve_userfault_fork: the reader gets the child's descriptor [E9]
+        message = abi.Fork(_install_child(thread.process.descriptors, file, event.child))
+    event.read = True
+    ctx.events.pop(0)
+    ctx.kernel.note(f"{ctx.name}: read {message}")
+    return message
+
+
+def _install_child(descriptors: Descriptors, file: OpenFile, child: Context) -> int:
+    """Raises SystemCallError EMFILE, and the event stays in the queue [M6]."""
+    if len(descriptors.files) + 3 > descriptors.limit:
+        raise SystemCallError(EMFILE)
+    return descriptors.install(OpenFile(child, nonblock=file.nonblock, writable=False), cloexec=True)
+
+
+def poll(file: OpenFile) -> int:
+    """poll(2): POLLIN if a message is unread; POLLERR before the handshake and on a blocking descriptor."""
+    ctx: Context = file.target
+    if not ctx.initialized or not file.nonblock:
+        return POLLERR
+    return POLLIN if ctx.readable else 0
+
+
+def release(ctx: Context) -> Op[None]:
+    """The last descriptor is closed (userfaultfd_release): unregister, wake everybody [E11].
+
+    Sleepers go on into zero-filled or unprotected pages: silent data loss if the handler only died.
+    """
+    yield f"close {ctx.name}: mark it released"
+    ctx.released = True
+    mm = ctx.mm
+    if mm.alive:
+        yield from mm.mmap_lock.write(f"close {ctx.name}")
+        for vma in [vma for vma in mm.vmas if vma.uffd is ctx]:
+            if ctx.kernel.version >= (6, 18):
+                clear(mm, vma, vma.start, vma.end)
+            else:  # the bits stayed in present entries until 6.13 or so
+                _forget(ctx, vma)
+        if mm.vmas:
+            mm.merge(mm.vmas[0].start, mm.vmas[-1].end)
+        mm.mmap_lock.unwrite()
+    yield f"close {ctx.name}: wake everybody"
+    ctx.wake(0, 0)
+    ctx.events.clear()
+
+
+def _forget(ctx: Context, vma: object) -> None:
+    from userfault.model.vma import NO_MODES, Vma
+
+    assert isinstance(vma, Vma)
+    if vma.uffd is ctx:
+        vma.uffd = None
+        vma.modes = NO_MODES

@@ -1,0 +1,42 @@
+"""Running one row's scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from userfault.model.oracle.compare import differences
+from userfault.model.oracle.probe import Died, Probe
+from userfault.model.oracle.sections import (
+    Unsupported,
+    op,
+)
+
+SECTIONS: Final[dict[str, Callable[[Probe, str, list[str]], None]]] = {
+    "op": op.run,
+    "access": op.run,
+}
+"""Scenarios by the first word of a row's id."""
+
+
+def replay(row_id: str, version: str) -> dict[str, Any] | None:
+    """What the model shows for a case; None: unsupported."""
+    name, *parts = row_id.split("/")
+    run = SECTIONS.get(name)
+    if run is None:
+        return None
+    probe = Probe(version, swap="swapped" in row_id)
+    try:
+        run(probe, name, parts)
+        probe.see("outcome", "ok")
+    except Died:
+        probe.see("outcome", "exit:99")
+    except Unsupported:
+        return None
+    return probe.seen
+
+
+def disagreements(row: dict[str, Any], version: str) -> list[str] | None:
+    """How the model differs from a measured row; empty: it agrees; None: unsupported."""
+    shown = replay(row["id"], version)
+    return None if shown is None else differences(row, shown)

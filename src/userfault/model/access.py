@@ -1,7 +1,7 @@
 """Touching memory: loads and stores of the processor, and copies that the kernel makes for a system call.
 
-The protection of the VMA is checked first [P9], then `resolve` decides, and user space is asked if it says so.
-What a refusal means depends on who touched: a user access is a signal, a system call EFAULT.
+The protection of the VMA is checked first [P9], then `resolve` decides, and user space is asked if it says
+so. What a refusal means depends on who touched: a user access is a signal, a system call EFAULT.
 """
 
 from __future__ import annotations

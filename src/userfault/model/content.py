@@ -49,7 +49,10 @@ class Content:
         if len(data) == page_size:
             first = data[:1]
             return Content(first[0]) if data == first * page_size else Content(data)
-        patches = {**dict(self.patches), **{offset + i: value for i, value in enumerate(data[:_PATCHES_AT_MOST])}}
+        patches = {
+            **dict(self.patches),
+            **{offset + i: value for i, value in enumerate(data[:_PATCHES_AT_MOST])},
+        }
         if len(data) <= _PATCHES_AT_MOST and len(patches) <= _PATCHES_AT_MOST:
             return Content(self.base, tuple(sorted(patches.items())))
         whole = bytearray(self.read(0, page_size))
@@ -72,6 +75,10 @@ ZERO: Final = Content(0)
 def join(parts: list[Content], part_size: int) -> Content:
     """The content of one large page made of equal smaller ones (COPY into a huge page, MADV_COLLAPSE)."""
     first = parts[0]
-    if isinstance(first.base, int) and not first.patches and all(part is first or part == first for part in parts):
+    if (
+        isinstance(first.base, int)
+        and not first.patches
+        and all(part is first or part == first for part in parts)
+    ):
         return first
     return Content(b"".join(part.read(0, part_size) for part in parts))

@@ -3,7 +3,8 @@
     fault_pending   faults not read yet, oldest first          fault --read--> faults
     faults          faults that were read, not yet woken       either --wake--> the thread faults again
     events          non-cooperative events not read yet, each with the thread that caused it
-    mmap_changing   number of events not yet acknowledged; while it is not 0 every fill answers EAGAIN [E4, E5]
+    mmap_changing   number of events not yet acknowledged; while it is not 0 every fill answers EAGAIN [E4,
+    E5]
 
 A context serves the address space of the process that opened it, whoever holds the descriptor [E10].
 """
@@ -68,9 +69,19 @@ class Context:
     """One userfaultfd."""
 
     __slots__ = (
-        "events", "fault_pending", "faults", "features", "initialized", "kernel", "map_changing_lock", "mm",
-        "mmap_changing", "name", "released", "user_mode_only",
-    )  # fmt: skip
+        "events",
+        "fault_pending",
+        "faults",
+        "features",
+        "initialized",
+        "kernel",
+        "map_changing_lock",
+        "mm",
+        "mmap_changing",
+        "name",
+        "released",
+        "user_mode_only",
+    )
 
     def __init__(self, kernel: Kernel, mm: AddressSpace, *, user_mode_only: bool = False) -> None:
         self.kernel = kernel

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from userfault import abi
 from userfault.model.context import Context
-from userfault.model.errnos import EAGAIN, EINTR, EINVAL, EMFILE, SystemCallError
+from userfault.model.errnos import EAGAIN, EBADF, EINTR, EINVAL, EMFILE, ENODEV, ESPIPE, SystemCallError
 from userfault.model.process import Descriptors, OpenFile
 from userfault.model.register import clear
 from userfault.model.step import Op, Sleep
@@ -128,3 +128,23 @@ def _forget(ctx: Context, vma: object) -> None:
     if vma.uffd is ctx:
         vma.uffd = None
         vma.modes = NO_MODES
+
+
+# What else can be tried on the descriptor [A1].
+
+MODE = 0o600
+"""st_mode as fstat shows it: an anonymous inode has no type."""
+
+NAME = "anon_inode:[userfaultfd]"
+"""What /proc/self/fd shows."""
+
+
+def try_operation(file: OpenFile, operation: str) -> int:
+    """The errno of another system call on the descriptor: 'write', 'lseek', 'mmap', 'fsync', 'ftruncate'."""
+    if operation == "write":
+        return EINVAL if file.writable else EBADF
+    if operation == "lseek":
+        return ESPIPE  # a stream
+    if operation == "mmap":
+        return ENODEV  # userfaultfd_fops has no mmap
+    return EINVAL  # nor fsync; ftruncate wants a regular file

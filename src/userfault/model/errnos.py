@@ -22,7 +22,9 @@ ESPIPE: Final = 29
 ETIMEDOUT: Final = 110
 EHWPOISON: Final = 133
 
-_NAMES: Final = {value: name for name, value in list(globals().items()) if name.startswith("E") and name.isupper()}
+_NAMES: Final = {
+    value: name for name, value in list(globals().items()) if name.startswith("E") and name.isupper()
+}
 
 
 def errno_name(number: int) -> str:

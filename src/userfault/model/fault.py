@@ -1,12 +1,13 @@
 """What a touch of memory does: the order of checks of [P2], for every kind of memory.
 
-`resolve` is one step under the page-table lock. Either the kernel can finish the fault alone (and does), or it
-says who must be asked. It ports handle_mm_fault and what hangs below it:
+`resolve` is one step under the page-table lock. Either the kernel can finish the fault alone (and does), or
+it says who must be asked. It ports handle_mm_fault and what hangs below it:
 
     entry              read                                 write
     poison             POISON                               POISON
     guard              SIGSEGV                              SIGSEGV
-    none, wp marker    ask MINOR if cached and registered so, else ask MISSING if not cached and registered so,
+    none, wp marker    ask MINOR if cached and registered so, else ask MISSING if not cached and registered
+    so,
                        else fill it: zero page, zeroed page or the cached page; a wp marker becomes the page's
                        uffd-wp bit
     swap               bring it in, then as present         bring it in, then as present

@@ -3,7 +3,8 @@
     1. an event is unread          EAGAIN, stored in the result field too [E4]
     2. the argument                EFAULT if unreadable, EINVAL for range or mode; the field stays untouched
     3. the address space is gone   ESRCH, untouched [D1]
-    4. the destination             the whole range in one registered VMA, else ENOENT [F2]; EINVAL for what the
+    4. the destination             the whole range in one registered VMA, else ENOENT [F2]; EINVAL for what
+    the
                                    VMA cannot do
     5. page by page                stops at the first refusal: its errno if it is the first page, else EAGAIN
                                    with the bytes done [F6]

@@ -4,7 +4,8 @@
     not cached            EFAULT; shmem beyond the end of the file EINVAL [F7]
     cached                none, wp marker, poison -> mapped; present, swap -> EEXIST [F5]
 
-On a private mapping the page is mapped read-only, so that the first write copies it. CONTINUE_MODE_WP since 6.4.
+On a private mapping the page is mapped read-only, so that the first write copies it. CONTINUE_MODE_WP since
+6.4.
 """
 
 from __future__ import annotations

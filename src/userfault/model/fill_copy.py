@@ -55,7 +55,8 @@ class Copy:
         from userfault.model.hugetlb import new_private_page
         from userfault.model.pagetable import Marker
 
-        assert content is not None and vma.file is not None
+        assert content is not None
+        assert vma.file is not None
         entry = mm.table.pmd(at)
         if entry is not None and type(entry) is not Marker:
             return -EEXIST

@@ -57,9 +57,7 @@ def poison(thread: Thread, ctx: Context, args: Fill | None) -> Op[Reply]:
     def valid(args: Fill) -> bool:
         return valid_destination(args) and not args.mode & ~DONTWAKE
 
-    return fill_ioctl(
-        thread, ctx, "POISON", args, valid, lambda fill: fill_range(thread, ctx, _POISON, fill)
-    )
+    return fill_ioctl(thread, ctx, "POISON", args, valid, lambda fill: fill_range(thread, ctx, _POISON, fill))
 
 
 def _unknown() -> Op[Reply]:

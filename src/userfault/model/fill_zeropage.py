@@ -1,8 +1,8 @@
 """UFFDIO_ZEROPAGE: the zero page, or on shared shmem a zero-filled page of the file.
 
-    private memory   only none; markers, poison and everything else EEXIST [F5]
-    shared shmem     exactly as COPY, zero-filled: so here it lifts poison [F14]
-    hugetlb          EINVAL, always [H2]
+private memory   only none; markers, poison and everything else EEXIST [F5]
+shared shmem     exactly as COPY, zero-filled: so here it lifts poison [F14]
+hugetlb          EINVAL, always [H2]
 """
 
 from __future__ import annotations

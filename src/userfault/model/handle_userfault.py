@@ -1,11 +1,11 @@
 """Asking user space about a fault: queue a message, look once more, sleep (handle_userfault).
 
-    resolve said MISSING / MINOR / WP
-        |  queue the message             from here on read(2) sees it, and a wake finds it
-        |  look at the page table again  a fill may have come in between: then do not sleep (must_wait)
-        |  drop the mmap lock
-        v  sleep                         until woken, a signal, or the descriptor is closed
-    fault again from the start           whatever woke us: the page table decides (K2)
+resolve said MISSING / MINOR / WP
+    |  queue the message             from here on read(2) sees it, and a wake finds it
+    |  look at the page table again  a fill may have come in between: then do not sleep (must_wait)
+    |  drop the mmap lock
+    v  sleep                         until woken, a signal, or the descriptor is closed
+fault again from the start           whatever woke us: the page table decides (K2)
 """
 
 from __future__ import annotations

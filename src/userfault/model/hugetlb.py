@@ -1,7 +1,7 @@
 """hugetlb memory: pages of 2 MiB from a pool, faults, and page tables that mappings share.
 
-Differences that show: no zero page, so ZEROPAGE does not exist; a MISSING or MINOR message per 2 MiB; a poison
-that pagemap does not show (H2); page tables shared between mappings of one file (H1).
+Differences that show: no zero page, so ZEROPAGE does not exist; a MISSING or MINOR message per 2 MiB; a
+poison that pagemap does not show (H2); page tables shared between mappings of one file (H1).
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _needs_its_own(mm: AddressSpace, vma: Vma) -> bool:
 
 
 def table_alloc(mm: AddressSpace, vma: Vma, address: int) -> PmdTable:
-    """huge_pte_alloc: the middle-level table of the address, shared with another mapping where that may be."""
+    """huge_pte_alloc: the middle-level table of the address, shared with another mapping where that may
+    be."""
     table = mm.table.pmd_table(address)
     if table is not None:
         return table
@@ -146,7 +147,8 @@ def table_alloc(mm: AddressSpace, vma: Vma, address: int) -> PmdTable:
 
 
 def unshare(mm: AddressSpace, address: int) -> bool:
-    """huge_pmd_unshare: leave a shared table. The range is empty afterwards; nothing of the others changes."""
+    """huge_pmd_unshare: leave a shared table. The range is empty afterwards; nothing of the others
+    changes."""
     table = mm.table.pmd_table(address)
     if table is None or table.sharers == 1:
         return False

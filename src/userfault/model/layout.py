@@ -17,9 +17,6 @@ PUD_SPAN: Final = 1 << 30
 TASK_SIZE: Final = (1 << 47) - PAGE
 """The end of a process's address space (TASK_SIZE_MAX of x86-64)."""
 
-MMAP_MIN_ADDR: Final = 65536
-"""The lowest address a process may map (vm.mmap_min_addr)."""
-
 
 def round_down(address: int, unit: int) -> int:
     """The largest multiple of `unit` (a power of two) that is not above `address`."""

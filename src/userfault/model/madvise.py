@@ -5,8 +5,9 @@
     PAGEOUT, COLD, COLLAPSE, GUARD_*  no event, even where pages leave the page table [E2]
     POPULATE_READ, POPULATE_WRITE     faults, page by page [P12]
 
-The event is read before the pages go: a fill that is accepted after the read can still be thrown away by the zap,
-which is why fills are refused until the caller has gone on (mmap_changing is counted down by the caller).
+The event is read before the pages go: a fill that is accepted after the read can still be thrown away by the
+zap, which is why fills are refused until the caller has gone on (mmap_changing is counted down by the
+caller).
 """
 
 from __future__ import annotations
@@ -72,9 +73,13 @@ def madvise(thread: Thread, address: int, length: int, advice: str) -> Op[None]:
 def _known(mm: AddressSpace, advice: str) -> bool:
     version = mm.kernel.version
     since = {
-        "POPULATE_READ": (5, 14), "POPULATE_WRITE": (5, 14), "DONTNEED_LOCKED": (5, 18), "COLLAPSE": (6, 1),
-        "GUARD_INSTALL": (6, 13), "GUARD_REMOVE": (6, 13),
-    }  # fmt: skip
+        "POPULATE_READ": (5, 14),
+        "POPULATE_WRITE": (5, 14),
+        "DONTNEED_LOCKED": (5, 18),
+        "COLLAPSE": (6, 1),
+        "GUARD_INSTALL": (6, 13),
+        "GUARD_REMOVE": (6, 13),
+    }
     return (advice in _ADVICE or advice in _FLAGS or advice in since) and version >= since.get(advice, (0, 0))
 
 
@@ -213,7 +218,9 @@ def _guard_install(thread: Thread, mm: AddressSpace, vma: Vma, start: int, end: 
         yield "GUARD_INSTALL: zap what is in the way"
         zap(mm, vma, start, end)
         if in_the_way():
-            yield Spin("GUARD_INSTALL repeats for ever: a write-protect marker survives every zap", in_the_way)
+            yield Spin(
+                "GUARD_INSTALL repeats for ever: a write-protect marker survives every zap", in_the_way
+            )
     for at in range(start, end, PAGE):
         mm.table.pte_table_alloc(at)
         mm.table.set_pte(at, GUARD_MARKER)
@@ -293,7 +300,16 @@ def mlock(thread: Thread, address: int, length: int, *, on_fault: bool = False) 
 
 # Advice that changes flags.
 
-_FLAGS = ("DONTFORK", "DOFORK", "WIPEONFORK", "KEEPONFORK", "HUGEPAGE", "NOHUGEPAGE", "MERGEABLE", "UNMERGEABLE")
+_FLAGS = (
+    "DONTFORK",
+    "DOFORK",
+    "WIPEONFORK",
+    "KEEPONFORK",
+    "HUGEPAGE",
+    "NOHUGEPAGE",
+    "MERGEABLE",
+    "UNMERGEABLE",
+)
 
 
 def _set_flag(mm: AddressSpace, vma: Vma, start: int, end: int, advice: str) -> None:
@@ -325,4 +341,3 @@ _ADVICE: dict[str, _Advise] = {
     "GUARD_REMOVE": _guard_remove,
     "COLLAPSE": _collapse,
 }
-

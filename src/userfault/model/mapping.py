@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from userfault.model.errnos import EEXIST, EINVAL, ENOMEM, SystemCallError
+from userfault.model.errnos import EEXIST, EINVAL, ENOMEM, EPERM, SystemCallError
 from userfault.model.events import UnmapEvents
 from userfault.model.layout import HUGE_PAGE, PAGE, TASK_SIZE, round_up
 from userfault.model.mm import AddressSpace
@@ -52,6 +52,10 @@ def mmap(
         file = File(kernel, "hugetlb", length, "anonymous hugetlb")
     elif shared and file is None:
         file = File(kernel, "shmem", length, "shared anonymous")
+    if shared and file is not None and file.seals:
+        if protection & WRITE or ("F_SEAL_WRITE" in file.seals and kernel.version < (6, 7)):
+            raise SystemCallError(EPERM)
+        may_write = False
     yield from mm.mmap_lock.write("mmap")
     events = UnmapEvents(address, address + length)
     if mm.overlapping(address, address + length):
@@ -62,10 +66,20 @@ def mmap(
         remove_mapping(mm, address, address + length)
     mm.insert(
         Vma(
-            address, address + length, bool(protection & READ), bool(protection & WRITE), bool(protection & EXEC),
-            shared=shared, may_write=may_write, file=file, offset=offset, growsdown=growsdown,
-            droppable=droppable, wipeonfork=droppable, special=special,
-        )  # fmt: skip
+            address,
+            address + length,
+            bool(protection & READ),
+            bool(protection & WRITE),
+            bool(protection & EXEC),
+            shared=shared,
+            may_write=may_write,
+            file=file,
+            offset=offset,
+            growsdown=growsdown,
+            droppable=droppable,
+            wipeonfork=droppable,
+            special=special,
+        )
     )
     mm.merge(address, address + length)
     mm.mmap_lock.unwrite()

@@ -106,7 +106,8 @@ def _move_one(mm: AddressSpace, args: Fill, done: int) -> int:
     if type(target) is Present:
         return -EEXIST
     src_vma, dst_vma = mm.find(at), mm.find(to)
-    assert src_vma is not None and dst_vma is not None
+    assert src_vma is not None
+    assert dst_vma is not None
     if type(source) is Present:
         splits = at % HUGE_PAGE or to % HUGE_PAGE or args.length - done < HUGE_PAGE
         if splits or target is not None:

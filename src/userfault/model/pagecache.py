@@ -4,8 +4,8 @@ A file is named by its kind, because userfaultfd's rules are:
 
     shmem       may be registered with all modes; a page may be in swap (the cache then holds a SwapSlot)
     hugetlb     may be registered with all modes; pages of 2 MiB from a pool that can run out
-    sysv        System V shared memory: shmem behind other operations, so not registrable (vma_is_shmem is false)
-    ordinary    a file on disk, secretmem and the like: only WP_ASYNC tracking
+    sysv        System V shared memory: shmem behind other operations, so not registrable (vma_is_shmem is
+    false) ordinary    a file on disk, secretmem and the like: only WP_ASYNC tracking
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class File:
         return bytes(data)
 
     def write(self, offset: int, data: bytes) -> int:
-        """pwrite(2) through the page cache; extends the file. No mapping is told (P8). Returns bytes written."""
+        """pwrite(2) through the page cache; extends the file. No mapping is told (P8). Returns bytes
+        written."""
         done = 0
         while done < len(data):
             index, inside = divmod(offset + done, self.page_size)

@@ -1,10 +1,10 @@
 """/proc/PID/pagemap and the ioctl PAGEMAP_SCAN (6.7): how page table entries look from outside [P1, S1-S8].
 
-                pagemap                     PAGEMAP_SCAN (4 KiB)          PAGEMAP_SCAN (hugetlb)
-    none        0                           WRITTEN (6.12: nothing)       HUGE: never WRITTEN (S4, hazards C2)
-    wp marker   SWAP, UFFD_WP               SWAPPED                       SWAPPED|HUGE; pagemap UFFD_WP alone
-    poison      SWAP                        SWAPPED|WRITTEN               the same; pagemap shows nothing (H2)
-    present     PRESENT, UFFD_WP, FILE      PRESENT, WRITTEN iff not +wp  PRESENT, WRITTEN iff not +wp
+            pagemap                     PAGEMAP_SCAN (4 KiB)          PAGEMAP_SCAN (hugetlb)
+none        0                           WRITTEN (6.12: nothing)       HUGE: never WRITTEN (S4, hazards C2)
+wp marker   SWAP, UFFD_WP               SWAPPED                       SWAPPED|HUGE; pagemap UFFD_WP alone
+poison      SWAP                        SWAPPED|WRITTEN               the same; pagemap shows nothing (H2)
+present     PRESENT, UFFD_WP, FILE      PRESENT, WRITTEN iff not +wp  PRESENT, WRITTEN iff not +wp
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def pagemap_scan(mm: AddressSpace, scan: Scan) -> ScanReply:
     masks = scan.category_mask | scan.category_anyof_mask | scan.category_inverted | scan.return_mask
     if scan.flags & ~3 or masks & ~known or scan.start % PAGE:
         return ScanReply(EINVAL, 0, [])
-    if not 0 <= scan.end - scan.start or scan.end > TASK_SIZE:
+    if not scan.end - scan.start >= 0 or scan.end > TASK_SIZE:
         return ScanReply(EFAULT, 0, [])
     walk = _Walk(mm, scan)
     errno = walk.run()

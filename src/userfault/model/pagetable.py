@@ -1,6 +1,7 @@
 """Page tables: what an address maps to, as three levels that can be shared, huge, or absent.
 
-    PageTable  --PUD index (1 GiB)-->  PmdTable  --PMD index (2 MiB)-->  PteTable  --PTE index (4 KiB)-->  entry
+    PageTable  --PUD index (1 GiB)-->  PmdTable  --PMD index (2 MiB)-->  PteTable  --PTE index (4 KiB)-->
+    entry
                                           |                         \\->  entry (huge page, huge marker)
                                           `-- hugetlb mappings of one file may share it (H1)
 
@@ -9,7 +10,8 @@ An entry is one of
     None      none: nothing is known here (a key that is absent)
     Present   maps a page; `uffd_wp` is the write-protect bit of userfaultfd
     Swap      the page is in a swap slot; uffd_wp survives there
-    Marker    no page, but something to remember (pte_marker, Linux 5.19): a write-protection to be kept for the
+    Marker    no page, but something to remember (pte_marker, Linux 5.19): a write-protection to be kept for
+    the
               page that will come, a poison (6.6), or a guard (6.13)
 
 Entries are values: to change one, put another in its place.
@@ -18,12 +20,13 @@ Entries are values: to change one, put another in its place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, final
 
 from userfault.model.layout import HUGE_PAGE, PAGE, PUD_SPAN
 from userfault.model.page import Page, SwapSlot
 
 
+@final
 class Present(NamedTuple):
     """A mapped page. `write`: the processor lets a write through."""
 
@@ -32,6 +35,7 @@ class Present(NamedTuple):
     uffd_wp: bool = False
 
 
+@final
 class Swap(NamedTuple):
     """An anonymous page in swap."""
 
@@ -39,6 +43,7 @@ class Swap(NamedTuple):
     uffd_wp: bool = False
 
 
+@final
 class Marker(NamedTuple):
     """An entry without a page (pte_marker)."""
 
@@ -54,6 +59,7 @@ GUARD_MARKER: Final = Marker(guard=True)
 Entry = Present | Swap | Marker
 
 
+@final
 class PteTable:
     """512 entries of 4 KiB."""
 
@@ -103,7 +109,8 @@ class PageTable:
         return None if table is None else table.entries.get((address // HUGE_PAGE) & 511)
 
     def set_pmd(self, address: int, entry: PteTable | Entry | None) -> None:
-        """Put (or with None remove) the middle-level entry of the address, and count the mapping of its page."""
+        """Put (or with None remove) the middle-level entry of the address, and count the mapping of its
+        page."""
         table = self.pmd_table_alloc(address)
         key = (address // HUGE_PAGE) & 511
         _count(table.entries.get(key), -1)
@@ -136,7 +143,8 @@ class PageTable:
         return None if table is None else table.entries.get((address // PAGE) & 511)
 
     def set_pte(self, address: int, entry: Entry | None) -> None:
-        """Put (or with None remove) the last-level entry of the address, and count the mapping of its page."""
+        """Put (or with None remove) the last-level entry of the address, and count the mapping of its
+        page."""
         table = self.pte_table_alloc(address)
         key = (address // PAGE) & 511
         _count(table.entries.get(key), -1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from userfault.model.errnos import EBADF, EMFILE, SystemCallError
 from userfault.model.mm import AddressSpace
@@ -10,6 +11,10 @@ from userfault.model.thread import Thread
 
 if TYPE_CHECKING:
     from userfault.model.kernel import Kernel
+    from userfault.model.step import Op
+    from userfault.model.system_calls import SystemCalls
+
+T = TypeVar("T")
 
 
 class OpenFile:
@@ -20,7 +25,9 @@ class OpenFile:
 
     __slots__ = ("nonblock", "readable", "references", "target", "writable")
 
-    def __init__(self, target: Any, *, nonblock: bool = False, readable: bool = True, writable: bool = True) -> None:
+    def __init__(
+        self, target: Any, *, nonblock: bool = False, readable: bool = True, writable: bool = True
+    ) -> None:
         self.target = target
         self.nonblock = nonblock
         self.readable = readable
@@ -78,8 +85,7 @@ class Descriptors:
 
 
 class Process:
-    """A process. Its first thread is `main`; its operations are generators in the modules of this package,
-    gathered as methods of `userfault.model.system_calls.SystemCalls` at `Thread` level."""
+    """A process. Its first thread is `main`; what its threads can do is in `SystemCalls`."""
 
     __slots__ = ("descriptors", "exited", "kernel", "mm", "name", "pid", "privileged", "threads")
 
@@ -108,6 +114,25 @@ class Process:
         thread = Thread(self, self.kernel.number(), name)
         self.threads.append(thread)
         return thread
+
+    def spawn(self, name: str, program: Callable[[SystemCalls], Op[Any]]) -> Thread:
+        """Another thread, started with a program (a generator function that takes SystemCalls)."""
+        from userfault.model.system_calls import SystemCalls
+
+        thread = self.thread(name)
+        return thread.start(program(SystemCalls(thread)))
+
+    @property
+    def calls(self) -> SystemCalls:
+        """What the main thread can do; for `run`."""
+        from userfault.model.system_calls import SystemCalls
+
+        return SystemCalls(self.main)
+
+    def run(self, operation: Op[T]) -> T:
+        """Run an operation of the main thread to its end at once, to set a scene. Raises Deadlock if it would
+        sleep, and whatever the operation raises."""
+        return self.main.call(operation)
 
     def __repr__(self) -> str:
         return f"Process({self.name})"

@@ -1,10 +1,10 @@
 """UFFDIO_REGISTER and UFFDIO_UNREGISTER: which memory a context watches, and for what.
 
-    modes          M (MISSING), W (WP, 5.7; file memory 5.19), I (MINOR, hugetlb 5.13, shmem 5.14)
-    all or nothing one VMA that cannot take the modes fails the whole call and changes nothing [R4]
-    owner          a VMA of another context: REGISTER EBUSY, UNREGISTER EINVAL [R5]
-    again          new modes within the old ones: nothing happens; else they replace the old ones [R7]
-    entries        registering never touches page table entries; UNREGISTER of a W range unprotects [R9]
+modes          M (MISSING), W (WP, 5.7; file memory 5.19), I (MINOR, hugetlb 5.13, shmem 5.14)
+all or nothing one VMA that cannot take the modes fails the whole call and changes nothing [R4]
+owner          a VMA of another context: REGISTER EBUSY, UNREGISTER EINVAL [R5]
+again          new modes within the old ones: nothing happens; else they replace the old ones [R7]
+entries        registering never touches page table entries; UNREGISTER of a W range unprotects [R9]
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def unregister(thread: Thread, ctx: Context, start: int | None, length: int) -> 
     yield from mm.mmap_lock.write("UNREGISTER")
     end = start + length
     vmas = mm.overlapping(start, end)
-    errno = _cannot_unregister(ctx, vmas, start)
+    errno = _cannot_unregister(ctx, vmas, start, end)
     if errno == 0:
         for vma in vmas:
             if vma.uffd is None:
@@ -150,12 +150,14 @@ def unregister(thread: Thread, ctx: Context, start: int | None, length: int) -> 
     return Reply(errno)
 
 
-def _cannot_unregister(ctx: Context, vmas: list[Vma], start: int) -> int:
+def _cannot_unregister(ctx: Context, vmas: list[Vma], start: int, end: int) -> int:
     if not vmas or (vmas[0].hugetlb and start % HUGE_PAGE):
         return EINVAL
     for vma in vmas:
         if not _can_userfault(ctx, vma, vma.modes):
             return EINVAL
+        if vma.hugetlb and end < vma.end and end % HUGE_PAGE:
+            return EINVAL  # split_vma refuses to cut a huge page
         if ctx.kernel.version >= (6, 18) and vma.uffd is not None and vma.uffd is not ctx:
             return EINVAL  # before, it was taken away from its owner
     return 0

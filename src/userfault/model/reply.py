@@ -7,7 +7,7 @@ from typing import NamedTuple
 from userfault.abi import Outcome
 from userfault.model.context import Context
 from userfault.model.errnos import EINVAL
-from userfault.model.layout import MMAP_MIN_ADDR, PAGE, TASK_SIZE
+from userfault.model.layout import PAGE, TASK_SIZE
 
 
 class Reply(NamedTuple):
@@ -29,7 +29,7 @@ def range_is_valid(start: int, length: int) -> bool:
         start % PAGE == 0
         and length % PAGE == 0
         and length > 0
-        and MMAP_MIN_ADDR <= start < TASK_SIZE
+        and start < TASK_SIZE
         and length <= TASK_SIZE - start
     )
 

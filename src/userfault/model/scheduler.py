@@ -1,8 +1,8 @@
 """Which thread goes next. A schedule is the list of choices; the same schedule gives the same execution.
 
 Nothing in the model draws random numbers or looks at a clock, so a machine that is set up the same way and
-driven by the same schedule does the same things. That is how a state is kept and taken up again: not by copying
-generators (Python cannot), but by running the schedule from the start (see the package's README).
+driven by the same schedule does the same things. That is how a state is kept and taken up again: not by
+copying generators (Python cannot), but by running the schedule from the start (see the package's README).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Scheduler:
         self.trace.append(TraceLine(thread.name, what, tuple(changed)))
 
     def run(self, choose: Callable[[list[Thread]], Thread], *, limit: int = QUIET_AFTER) -> bool:
-        """Let `choose` pick among the runnable threads until none is left. False: `limit` steps were not enough."""
+        """Let `choose` pick among the runnable threads until none is left. False: `limit` steps were not
+        enough."""
         for _ in range(limit):
             runnable = self.runnable()
             if not runnable:
@@ -69,13 +70,11 @@ class Scheduler:
 
     def settle(self, *, limit: int = QUIET_AFTER) -> bool:
         """Run everybody in turn until all are done or asleep. False: somebody spins."""
-        turn = 0
-        for _ in range(limit):
+        for turn in range(limit):
             runnable = self.runnable()
             if not runnable:
                 return True
             self.step(runnable[turn % len(runnable)])
-            turn += 1
         return not self.runnable()
 
     def replay(self, schedule: Iterable[int]) -> None:

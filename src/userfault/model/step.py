@@ -7,8 +7,8 @@ An operation is a generator. What it does between two yields is atomic; what it 
     a Sleep   it cannot go on until something happens; the thread is not runnable before `ready()`.
 
 So the label of a step is known before the step is taken, and a schedule (which thread went when) replays an
-execution exactly. The yields stand where the kernel can be interleaved in a way that matters: lock taken, lock
-dropped, message queued, page table looked at, entry put in place, going to sleep.
+execution exactly. The yields stand where the kernel can be interleaved in a way that matters: lock taken,
+lock dropped, message queued, page table looked at, entry put in place, going to sleep.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Transparent huge pages: one middle-level entry that maps 2 MiB of anonymous memory or shmem.
 
 A huge entry is split into 512 small ones whenever something treats its pages differently: a registration or a
-protection of a part, an eviction of a part, a write under WP_ASYNC (S4, S6, W6, H4). Fill operations never make
-huge entries, and only MOVE moves them.
+protection of a part, an eviction of a part, a write under WP_ASYNC (S4, S6, W6, H4). Fill operations never
+make huge entries, and only MOVE moves them.
 """
 
 from __future__ import annotations

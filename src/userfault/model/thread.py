@@ -33,8 +33,18 @@ class Thread:
     """
 
     __slots__ = (
-        "error", "fault", "handlers", "killed", "name", "next", "process", "program", "result", "signals", "tid",
-    )  # fmt: skip
+        "error",
+        "fault",
+        "handlers",
+        "killed",
+        "name",
+        "next",
+        "process",
+        "program",
+        "result",
+        "signals",
+        "tid",
+    )
 
     def __init__(self, process: Process, tid: int, name: str) -> None:
         self.process = process
@@ -68,9 +78,7 @@ class Thread:
         if isinstance(sleep, str):
             return True
         return (
-            sleep.ready()
-            or (self.killed and sleep.killable)
-            or (bool(self.signals) and sleep.interruptible)
+            sleep.ready() or (self.killed and sleep.killable) or (bool(self.signals) and sleep.interruptible)
         )
 
     @property

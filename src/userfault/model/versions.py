@@ -26,7 +26,8 @@ _FEATURES: Final = (
 
 
 def parse_version(text: str) -> tuple[int, int]:
-    """'6.18' as (6, 18). Raises ValueError for what is no version, or one before 5.7 (no write-protection)."""
+    """'6.18' as (6, 18). Raises ValueError for what is no version, or one before 5.7 (no
+    write-protection)."""
     major, _, minor = text.partition(".")
     if not (major.isdigit() and minor.isdigit()) or (int(major), int(minor)) < (5, 7):
         raise ValueError(f"{text!r} is no kernel version from 5.7 on, such as {', '.join(PROFILES)}")

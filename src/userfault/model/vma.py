@@ -22,9 +22,7 @@ class Modes:
 
     def __le__(self, other: Modes) -> bool:
         """Every mode of this one is a mode of `other`."""
-        return (
-            self.missing <= other.missing and self.wp <= other.wp and self.minor <= other.minor
-        )
+        return self.missing <= other.missing and self.wp <= other.wp and self.minor <= other.minor
 
     def __bool__(self) -> bool:
         return self.missing or self.wp or self.minor
@@ -116,6 +114,19 @@ class Vma:
 def _properties(vma: Vma) -> tuple[object, ...]:
     modes = vma.modes
     return (
-        vma.read, vma.write, vma.execute, vma.shared, vma.may_write, vma.hugepage, vma.locked, vma.dontfork,
-        vma.wipeonfork, vma.droppable, vma.growsdown, vma.mergeable, modes.missing, modes.wp, modes.minor,
-    )  # fmt: skip
+        vma.read,
+        vma.write,
+        vma.execute,
+        vma.shared,
+        vma.may_write,
+        vma.hugepage,
+        vma.locked,
+        vma.dontfork,
+        vma.wipeonfork,
+        vma.droppable,
+        vma.growsdown,
+        vma.mergeable,
+        modes.missing,
+        modes.wp,
+        modes.minor,
+    )

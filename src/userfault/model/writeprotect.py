@@ -1,8 +1,8 @@
 """UFFDIO_WRITEPROTECT (5.7): protect or unprotect what a range maps, without splitting VMAs.
 
-Unlike the fills it walks over VMAs: it skips holes, spans VMAs and owners, and stops with ENOENT at the first VMA
-that is not registered W, after the earlier ones were changed [W2]. `protect` here is change_protection with
-MM_CP_UFFD_WP or MM_CP_UFFD_WP_RESOLVE; UNREGISTER and close use it too.
+Unlike the fills it walks over VMAs: it skips holes, spans VMAs and owners, and stops with ENOENT at the
+first VMA that is not registered W, after the earlier ones were changed [W2]. `protect` here is
+change_protection with MM_CP_UFFD_WP or MM_CP_UFFD_WP_RESOLVE; UNREGISTER and close use it too.
 
     entry        protect                                            unprotect
     present      uffd-wp set, not writable                          uffd-wp cleared; a fault makes it writable
@@ -46,7 +46,10 @@ def writeprotect(thread: Thread, ctx: Context, start: int, length: int, mode: in
         return Reply(EAGAIN)
     if mode is None:
         return Reply(EFAULT)
-    wp, dontwake = bool(mode & abi.UFFDIO_WRITEPROTECT_MODE_WP), bool(mode & abi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE)
+    wp, dontwake = (
+        bool(mode & abi.UFFDIO_WRITEPROTECT_MODE_WP),
+        bool(mode & abi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE),
+    )
     if not range_is_valid(start, length) or mode & ~3 or (wp and dontwake):
         return Reply(EINVAL)
     mm = ctx.mm
@@ -140,7 +143,8 @@ def _changed(entry: Entry, wp: bool) -> Entry:
 
 
 def _protect_hugetlb(mm: AddressSpace, vma: Vma, start: int, end: int, wp: bool) -> None:
-    """hugetlb_change_protection. A shared table is left first (defect pmd_unshare_skips: and then skipped)."""
+    """hugetlb_change_protection. A shared table is left first (defect pmd_unshare_skips: and then
+    skipped)."""
     from userfault.model import hugetlb
 
     at = start

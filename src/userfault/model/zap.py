@@ -3,8 +3,8 @@
     drop_markers   the mapping itself goes (munmap), or hugetlb is truncated: nothing stays
     private_too    also a private mapping's own pages, and poison (MADV_DONTNEED, truncate; not a punch)
 
-What stays without drop_markers: a uffd-wp page of a file becomes a write-protect marker, because the file's page
-may come back and must come back protected; anonymous memory forgets its protection with its page.
+What stays without drop_markers: a uffd-wp page of a file becomes a write-protect marker, because the file's
+page may come back and must come back protected; anonymous memory forgets its protection with its page.
 """
 
 from __future__ import annotations

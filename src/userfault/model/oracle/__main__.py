@@ -29,7 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("table", help="TABLE.jsonl or TABLE.jsonl.xz")
     parser.add_argument("--kernel", default="6.18", help="the profile to compare with (default 6.18)")
     parser.add_argument("--section", action="append", help="only this section; may be given again")
-    parser.add_argument("--verbose", action="store_true", help="show the fields that differ, and what is unsupported")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show the fields that differ, and what is unsupported"
+    )
     options = parser.parse_args(arguments)
     started = time.perf_counter()
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)

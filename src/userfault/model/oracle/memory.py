@@ -17,12 +17,25 @@ MSRC: Final = 0x100800000000
 RTO: Final = 0x100A00000000
 
 KINDS: Final = (
-    "anon", "anon_thp_4k", "anon_thp_2m", "shmem_shared", "shmem_private", "hugetlb_shared", "hugetlb_private",
-)  # fmt: skip
+    "anon",
+    "anon_thp_4k",
+    "anon_thp_2m",
+    "shmem_shared",
+    "shmem_private",
+    "hugetlb_shared",
+    "hugetlb_private",
+)
 
 MODE_NAMES: Final = (
-    "none", "missing", "wp", "missing+wp", "minor", "missing+minor", "wp+minor", "missing+wp+minor",
-)  # fmt: skip
+    "none",
+    "missing",
+    "wp",
+    "missing+wp",
+    "minor",
+    "missing+minor",
+    "wp+minor",
+    "missing+wp+minor",
+)
 
 
 class Memory:

@@ -1,7 +1,7 @@
 """The probe's tools, on the model: the same memory, the same threads, the same words for what is seen.
 
-A scenario in `sections` performs the steps of the C probe with these tools and says what it sees by `see`; what
-it should see is in the table alone.
+A scenario in `sections` performs the steps of the C probe with these tools and says what it sees by `see`;
+what it should see is in the table alone.
 """
 
 from __future__ import annotations
@@ -219,7 +219,9 @@ class Probe:
     # Memory.
 
     def mmap(self, address: int, length: int, **options: Any) -> int:
-        return self.call(mmap(self.caller, address, length, options.pop("protection", READ | WRITE), **options))
+        return self.call(
+            mmap(self.caller, address, length, options.pop("protection", READ | WRITE), **options)
+        )
 
     def memory(self, kind: str, pages: int = 4) -> Memory:
         """mem_setup: the region at DST, its alias, and a source of COPY full of 0xC0."""
@@ -271,9 +273,15 @@ class Probe:
     # What is seen.
 
     def pages(
-        self, memory: Memory, indexes: Iterable[int], *, base: int | None = None, cache: int = 0,
-        process: Process | None = None, read_through: bool = True,
-    ) -> list[Seen]:  # fmt: skip
+        self,
+        memory: Memory,
+        indexes: Iterable[int],
+        *,
+        base: int | None = None,
+        cache: int = 0,
+        process: Process | None = None,
+        read_through: bool = True,
+    ) -> list[Seen]:
         """put_pages. cache 1: with the byte read through the file; 2: only whether it is cached."""
         base = DST if base is None else base
         unit = memory.page_size if memory.huge else PAGE
@@ -287,7 +295,14 @@ class Probe:
         return self.pages(memory, (0, 1, 2, 511) if memory.thp else (1, 2), cache=cache)
 
     def _page(
-        self, memory: Memory, base: int, offset: int, index: int, cache: int, process: Process, read_through: bool
+        self,
+        memory: Memory,
+        base: int,
+        offset: int,
+        index: int,
+        cache: int,
+        process: Process,
+        read_through: bool,
     ) -> Seen:
         mm = process.mm
         address = base + offset
@@ -302,8 +317,12 @@ class Probe:
         else:
             kind = "nonpresent_wp" if entry.uffd_wp else "none"
         seen: Seen = {
-            "i": index, "pte": kind, "wp": int(entry.uffd_wp), "file": int(entry.file), "excl": int(entry.exclusive),
-        }  # fmt: skip
+            "i": index,
+            "pte": kind,
+            "wp": int(entry.uffd_wp),
+            "file": int(entry.file),
+            "excl": int(entry.exclusive),
+        }
         if entry.marker is not None and entry.marker.guard:
             seen["guard"] = 1
         if entry.present and read_through:
@@ -359,14 +378,22 @@ class Probe:
         match message:
             case abi.Pagefault(flags, address, ptid):
                 letters = "".join(letter for bit, letter in enumerate("WPM") if flags >> bit & 1)
-                return {"ev": "pagefault", "fl": letters, "off": address - base, "ptid": self._ptid(ptid, thread)}
+                return {
+                    "ev": "pagefault",
+                    "fl": letters,
+                    "off": address - base,
+                    "ptid": self._ptid(ptid, thread),
+                }
             case abi.Fork(ufd):
                 return {"ev": "fork", "fd_ok": int(ufd in self.caller.process.descriptors.files)}
             case abi.Remap(from_, to, length):
                 return {
-                    "ev": "remap", "from": from_ - base, "to_minus_RTO": to - RTO, "to_minus_base": to - base,
+                    "ev": "remap",
+                    "from": from_ - base,
+                    "to_minus_RTO": to - RTO,
+                    "to_minus_base": to - base,
                     "len": length,
-                }  # fmt: skip
+                }
             case abi.Remove(start, end):
                 return {"ev": "remove", "start": start - base, "end": end - base}
             case abi.Unmap(start, end):
@@ -381,9 +408,17 @@ class Probe:
         return "tgid" if ptid == self.process.pid else "other"
 
     def pump(
-        self, uffd: Uffd, memory: Memory, accessors: list[Accessor], policy: str, *, most: int = 8, base: int = DST
+        self,
+        uffd: Uffd,
+        memory: Memory,
+        accessors: list[Accessor],
+        policy: str,
+        *,
+        most: int = 8,
+        base: int = DST,
     ) -> Pumped:
-        """Read messages while the accessors run; policy "resolve" answers each, "stop" ends after the first."""
+        """Read messages while the accessors run; policy "resolve" answers each, "stop" ends after the
+        first."""
         messages: list[Seen] = []
         fork = -1
         while True:
@@ -495,4 +530,3 @@ ACCESSES: dict[str, Callable[[int], Callable[[Thread], Op[tuple[int, int, int]]]
     "kernel_read": kernel_read,
     "kernel_write": kernel_write,
 }
-

@@ -9,12 +9,20 @@ from userfault.model.oracle.compare import differences
 from userfault.model.oracle.probe import Died, Probe
 from userfault.model.oracle.sections import (
     Unsupported,
+    handshakes,
     op,
+    ranges,
 )
 
 SECTIONS: Final[dict[str, Callable[[Probe, str, list[str]], None]]] = {
     "op": op.run,
     "access": op.run,
+    "api": handshakes.run,
+    "register": handshakes.run_register,
+    "reregister": handshakes.run_reregister,
+    "register_vma": handshakes.run_register_vma,
+    "range": ranges.run,
+    "bad": ranges.run,
 }
 """Scenarios by the first word of a row's id."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from userfault import abi
+from userfault.model.layout import HUGE_PAGE, PAGE
 from userfault.model.madvise import madvise
 from userfault.model.mapping import munmap
 from userfault.model.oracle.memory import ALIAS, DST, DST2, MSRC, SRC, Memory, mode_number
 from userfault.model.oracle.probe import ACCESSES, Probe, Seen, Uffd, user_write
 from userfault.model.oracle.sections import Unsupported
-from userfault.model.layout import HUGE_PAGE, PAGE
 from userfault.model.pagemap import pagemap_entry
 
 STATES = (

@@ -1,0 +1,288 @@
+"""Everything a thread can do, as one object: what programs of scenarios and tests are written with.
+
+    def program(t: SystemCalls) -> Op[bytes]:
+        address = yield from t.mmap(0x10000000, 4096)
+        yield from t.store(address, b"hello")
+        return (yield from t.load(address, 5))
+
+    thread = process.spawn("writer", program)
+
+Each method is an operation: `yield from` it inside a program. Descriptors are numbers, addresses and lengths
+bytes. System calls raise SystemCallError; accesses raise MemoryFault (the signal a real thread would get),
+so a program that catches it has a signal handler. The ioctls of userfaultfd return `abi.Outcome`, as the real
+class does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from userfault import abi
+from userfault.model import access, descriptor, handshake, mapping, mremap
+from userfault.model import exit as exits
+from userfault.model import fork as forks
+from userfault.model import madvise as advice
+from userfault.model.context import Context
+from userfault.model.errnos import EBADF, EFAULT, EINVAL, SystemCallError
+from userfault.model.fill import Fill
+from userfault.model.fill_continue import continue_
+from userfault.model.fill_copy import copy
+from userfault.model.fill_poison import poison
+from userfault.model.fill_zeropage import zeropage
+from userfault.model.mapping import READ, WRITE
+from userfault.model.move import move
+from userfault.model.pagecache import File
+from userfault.model.pagemap import Scan, ScanReply, pagemap_scan
+from userfault.model.process import OpenFile
+from userfault.model.register import register, unregister
+from userfault.model.reply import Reply
+from userfault.model.step import Op, Sleep
+from userfault.model.wake import wake
+from userfault.model.writeprotect import writeprotect
+from userfault.model.zap import punch, truncate
+
+if TYPE_CHECKING:
+    from userfault.model.process import Process
+    from userfault.model.thread import Thread
+
+_Fill = Callable[["Thread", Context, "Fill | None"], Op[Reply]]
+
+
+class _Until(Sleep):
+    """Waiting for something between the threads of a program (a condition variable, a pipe)."""
+
+    __slots__ = ("_ready", "_what")
+    interruptible = True
+
+    def __init__(self, what: str, ready: Callable[[], bool]) -> None:
+        self._what = what
+        self._ready = ready
+
+    def ready(self) -> bool:
+        return self._ready()
+
+    @property
+    def what(self) -> str:
+        return self._what
+
+
+class SystemCalls:
+    """What one thread can do. `thread` is the thread itself."""
+
+    __slots__ = ("thread",)
+
+    def __init__(self, thread: Thread) -> None:
+        self.thread = thread
+
+    # Memory.
+
+    def load(self, address: int, length: int = 1) -> Op[bytes]:
+        """Read bytes, as the processor does. Raises MemoryFault."""
+        return access.load(self.thread, self.thread.process.mm, address, length)
+
+    def store(self, address: int, data: bytes) -> Op[None]:
+        """Write bytes, as the processor does. Raises MemoryFault."""
+        return access.store(self.thread, self.thread.process.mm, address, data)
+
+    def fill(self, address: int, length: int, value: int) -> Op[None]:
+        """memset. Raises MemoryFault."""
+        return access.fill(self.thread, self.thread.process.mm, address, length, value)
+
+    def write_from(self, address: int, length: int) -> Op[bytes]:
+        """A system call that reads user memory (write(2) of it into a pipe); returns the bytes it got. Raises
+        SystemCallError EFAULT."""
+        return self._copied(access.load(self.thread, self.thread.process.mm, address, length, user=False))
+
+    def read_into(self, address: int, data: bytes) -> Op[None]:
+        """A system call that writes user memory (read(2) of a pipe into it). Raises SystemCallError
+        EFAULT."""
+        return self._copied(access.store(self.thread, self.thread.process.mm, address, data, user=False))
+
+    def _copied(self, operation: Op[Any]) -> Op[Any]:
+        try:
+            return (yield from operation)
+        except access.MemoryFault:
+            raise SystemCallError(EFAULT) from None
+
+    def mmap(self, address: int, length: int, protection: int = READ | WRITE, **options: Any) -> Op[int]:
+        """mmap(2); see `mapping.mmap` for the options."""
+        return mapping.mmap(self.thread, address, length, protection, **options)
+
+    def munmap(self, address: int, length: int) -> Op[None]:
+        """munmap(2)."""
+        return mapping.munmap(self.thread, address, length)
+
+    def mprotect(self, address: int, length: int, protection: int) -> Op[None]:
+        """mprotect(2)."""
+        return mapping.mprotect(self.thread, address, length, protection)
+
+    def mremap(self, address: int, old: int, new: int, to: int | None = None, **options: bool) -> Op[int]:
+        """mremap(2); `to`: MREMAP_FIXED there. See `mremap.mremap`."""
+        return mremap.mremap(self.thread, address, old, new, to, **options)
+
+    def madvise(self, address: int, length: int, what: str) -> Op[None]:
+        """madvise(2); `what` without MADV_, as in "DONTNEED"."""
+        return advice.madvise(self.thread, address, length, what)
+
+    def mlock(self, address: int, length: int) -> Op[None]:
+        """mlock(2)."""
+        return advice.mlock(self.thread, address, length)
+
+    def memfd_create(self, size: int, *, hugetlb: bool = False, name: str = "memfd") -> Op[int]:
+        """memfd_create(2) and ftruncate(2): a descriptor of a file of `size` bytes."""
+        yield "memfd_create"
+        process = self.thread.process
+        file = File(process.kernel, "hugetlb" if hugetlb else "shmem", size, name)
+        return process.descriptors.install(OpenFile(file))
+
+    def file(self, fd: int) -> File:
+        """The file behind a descriptor, for mmap. Raises SystemCallError EBADF."""
+        target = self.thread.process.descriptors.get(fd).target
+        if not isinstance(target, File):
+            raise SystemCallError(EBADF)
+        return target
+
+    def pread(self, fd: int, length: int, offset: int) -> Op[bytes]:
+        """pread(2) of a file: no mapping is touched, no fault is raised."""
+        yield "pread"
+        return self.file(fd).read(offset, length)
+
+    def pwrite(self, fd: int, data: bytes, offset: int) -> Op[int]:
+        """pwrite(2) of a file: write-protected mappings notice nothing [P8]."""
+        yield "pwrite"
+        return self.file(fd).write(offset, data)
+
+    def punch_hole(self, fd: int, offset: int, length: int) -> Op[None]:
+        """fallocate(FALLOC_FL_PUNCH_HOLE): pages leave the file and every mapping, without an event [E2]."""
+        yield "punch a hole"
+        punch(self.file(fd), offset, length)
+
+    def ftruncate(self, fd: int, size: int) -> Op[None]:
+        """ftruncate(2)."""
+        yield "ftruncate"
+        truncate(self.file(fd), size)
+
+    def pagemap_scan(self, scan: Scan) -> Op[ScanReply]:
+        """PAGEMAP_SCAN of this process."""
+        mm = self.thread.process.mm
+        yield from mm.mmap_lock.read("PAGEMAP_SCAN")
+        reply = pagemap_scan(mm, scan)
+        mm.mmap_lock.unread()
+        return reply
+
+    # Processes.
+
+    def fork(self, program: Callable[[SystemCalls], Op[Any]], name: str = "child") -> Op[Process]:
+        """fork(2): the child runs `program`."""
+        return forks.fork(self.thread, lambda child: program(SystemCalls(child)), name)
+
+    def exit(self) -> Op[None]:
+        """exit_group(2): the other threads die, descriptors are closed, the address space goes."""
+        return exits.exit_process(self.thread, self.thread.process)
+
+    def execve(self) -> Op[None]:
+        """execve(2): a new, empty address space; descriptors with CLOEXEC are closed."""
+        return exits.execve(self.thread)
+
+    def wait_for(self, what: str, ready: Callable[[], bool]) -> Op[None]:
+        """Sleep until `ready()`: a pipe, a condition variable, a join."""
+        yield _Until(what, ready)
+
+    def step(self, label: str) -> Op[None]:
+        """A step of the program itself, with a name: others may come in before it."""
+        yield label
+
+    # userfaultfd.
+
+    def userfaultfd(
+        self, features: int = 0, *, nonblock: bool = True, user_mode_only: bool = False
+    ) -> Op[int]:
+        """userfaultfd(2) and UFFDIO_API: a descriptor. Raises SystemCallError."""
+        flags = handshake.O_CLOEXEC | (handshake.O_NONBLOCK if nonblock else 0)
+        yield "userfaultfd"
+        process = self.thread.process
+        fd = handshake.userfaultfd(process, flags | (abi.UFFD_USER_MODE_ONLY if user_mode_only else 0))
+        reply = handshake.api(process, self.context(fd), abi.UFFD_API, features)
+        if reply.errno:
+            yield from self.close(fd)
+            raise SystemCallError(reply.errno)
+        return fd
+
+    def context(self, fd: int) -> Context:
+        """The context behind a descriptor, to look at. Raises SystemCallError EBADF or EINVAL."""
+        target = self.thread.process.descriptors.get(fd).target
+        if not isinstance(target, Context):
+            raise SystemCallError(EINVAL)
+        return target
+
+    def register(self, fd: int, start: int, length: int, mode: int) -> Op[abi.Outcome]:
+        """UFFDIO_REGISTER; done is the mask of ioctls."""
+        return self._outcome(register(self.thread, self.context(fd), start, length, mode), length)
+
+    def unregister(self, fd: int, start: int, length: int) -> Op[abi.Outcome]:
+        """UFFDIO_UNREGISTER."""
+        return self._outcome(unregister(self.thread, self.context(fd), start, length), length)
+
+    def wake(self, fd: int, start: int, length: int) -> Op[abi.Outcome]:
+        """UFFDIO_WAKE."""
+        return self._outcome(wake(self.thread, self.context(fd), start, length), length)
+
+    def copy(self, fd: int, dst: int, src: int, length: int, mode: int = 0) -> Op[abi.Outcome]:
+        """UFFDIO_COPY from this process's own memory."""
+        return self._fill(copy, fd, Fill(dst, length, mode, src))
+
+    def zeropage(self, fd: int, start: int, length: int, mode: int = 0) -> Op[abi.Outcome]:
+        """UFFDIO_ZEROPAGE."""
+        return self._fill(zeropage, fd, Fill(start, length, mode))
+
+    def continue_(self, fd: int, start: int, length: int, mode: int = 0) -> Op[abi.Outcome]:
+        """UFFDIO_CONTINUE."""
+        return self._fill(continue_, fd, Fill(start, length, mode))
+
+    def poison(self, fd: int, start: int, length: int, mode: int = 0) -> Op[abi.Outcome]:
+        """UFFDIO_POISON."""
+        return self._fill(poison, fd, Fill(start, length, mode))
+
+    def move(self, fd: int, dst: int, src: int, length: int, mode: int = 0) -> Op[abi.Outcome]:
+        """UFFDIO_MOVE."""
+        return self._fill(move, fd, Fill(dst, length, mode, src))
+
+    def writeprotect(self, fd: int, start: int, length: int, mode: int) -> Op[abi.Outcome]:
+        """UFFDIO_WRITEPROTECT; mode 1 protects, 0 unprotects and wakes, 2 unprotects without a wake."""
+        return self._outcome(writeprotect(self.thread, self.context(fd), start, length, mode), length)
+
+    def _fill(self, which: _Fill, fd: int, args: Fill) -> Op[abi.Outcome]:
+        return self._outcome(which(self.thread, self.context(fd), args), args.length)
+
+    def _outcome(self, operation: Op[Reply], length: int) -> Op[abi.Outcome]:
+        return (yield from operation).outcome(length)
+
+    def read_messages(self, fd: int, most: int = 16) -> Op[list[abi.Message]]:
+        """read(2) of the descriptor: up to `most` messages. Raises SystemCallError EAGAIN if there is none
+        and the descriptor is non-blocking."""
+        return descriptor.read(
+            self.thread, self.thread.process.descriptors.get(fd), most * descriptor.MESSAGE
+        )
+
+    def poll(self, fd: int) -> Op[None]:
+        """poll(2) for POLLIN, without end."""
+        yield descriptor.ReadWait(self.context(fd))
+
+    def close(self, fd: int) -> Op[None]:
+        """close(2); the last one of a userfaultfd lets everybody go [E11]."""
+        yield "close"
+        last = self.thread.process.descriptors.remove(fd)
+        if last is not None and isinstance(last.target, Context):
+            yield from descriptor.release(last.target)
+
+    def dup(self, fd: int) -> Op[int]:
+        """dup(2)."""
+        yield "dup"
+        descriptors = self.thread.process.descriptors
+        return descriptors.install(descriptors.get(fd))
+
+    def send_descriptor(self, fd: int, to: Process) -> Op[int]:
+        """Pass a descriptor to another process (SCM_RIGHTS); returns its number there."""
+        yield "send a descriptor"
+        return to.descriptors.install(self.thread.process.descriptors.get(fd))

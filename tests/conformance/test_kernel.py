@@ -1,0 +1,48 @@
+"""The checklist against the running kernel: one test for each item and kind of memory."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("userfault._native", reason="the compiled part is not built")
+
+from conformance.backend import Kind, Unavailable
+from conformance.checklist import Item, everything
+from conformance.kernel import KernelBackend
+
+CASES = [
+    pytest.param(item, kind, id=item.name if kind is Kind.NONE else f"{item.name}-{kind.value}")
+    for item in everything()
+    for kind in item.kinds
+]
+
+
+@pytest.fixture(scope="session")
+def puppet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled puppet.c."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler (cc) to build the touching process with: apt install gcc")
+    binary = tmp_path_factory.mktemp("conformance") / "puppet"
+    source = Path(__file__).parent / "puppet.c"
+    subprocess.run(["cc", "-O2", "-pthread", "-o", binary, source], check=True)
+    return binary
+
+
+@pytest.fixture
+def backend(puppet: Path, tmp_path: Path, hugepages: Callable[[int], None]) -> Iterator[KernelBackend]:
+    kernel = KernelBackend(puppet, tmp_path, hugepages)
+    yield kernel
+    kernel.close()
+
+
+@pytest.mark.parametrize(("item", "kind"), CASES)
+def test_the_running_kernel(item: Item, kind: Kind, backend: KernelBackend) -> None:
+    try:
+        item.check(backend, kind)
+    except Unavailable as missing:
+        pytest.skip(str(missing))

@@ -61,7 +61,8 @@ class Answer:
     """What a puppet's thread answered."""
 
     def __init__(self, packet: bytes, fds: list[int]) -> None:
-        self.result, self.errno, self.signal, self.code, self.cures, length = REPLY.unpack_from(packet)
+        numbers: tuple[int, ...] = REPLY.unpack_from(packet)
+        self.result, self.errno, self.signal, self.code, self.cures, length = numbers
         self.payload = packet[REPLY.size : REPLY.size + length]
         self.fds = fds
 

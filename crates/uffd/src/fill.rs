@@ -63,7 +63,8 @@ pub enum Fill {
 ///   learns the reason.
 /// * **EAGAIN with nothing done**: an event (fork, mremap, munmap, madvise) is unread, and the kernel
 ///   refuses every fill so that none lands in memory that has just moved. Only reading the event helps, so
-///   this function gives up its turn.
+///   this function gives up its turn. Even then the refusals go on for a moment, until the thread that
+///   raised the event has run again: another reason for a timer.
 /// * **EEXIST**: somebody was faster, or a page was left. Where others fill too, the page is skipped.
 ///   Otherwise it is stale, and the caller must replace its bytes.
 /// * **ENOENT**: no registered mapping covers the range as one piece any more.

@@ -79,12 +79,13 @@ def with_the_event_the_protection_persists_in_the_child(backend: Backend, kind: 
     child = fork_with_event(backend, where, features)
     assert child.entry(area.start).uffd_wp
     assert where.process.entry(area.start).uffd_wp
-    # And where the machine can unmap the page: a marker or swap entry persists as well.
+
+
+@item("wp-fork-with-event.nonpresent", *ALL)
+def with_the_event_a_marker_or_swap_entry_persists_too(backend: Backend, kind: Kind) -> None:
+    features = abi.UFFD_FEATURE_EVENT_FORK | abi.UFFD_FEATURE_PAGEFAULT_FLAG_WP
     where = protected(backend, kind, features)
-    try:
-        unmap_first_page(backend, where)
-    except Unavailable:
-        return
+    unmap_first_page(backend, where)
     child = fork_with_event(backend, where, features)
     assert child.entry(where.area.start).uffd_wp
 

@@ -7,7 +7,6 @@ from conformance.backend import (
     MADV_COLLAPSE,
     MADV_HUGEPAGE,
     MADV_PAGEOUT,
-    Area,
     Backend,
     Kind,
     Unavailable,
@@ -15,12 +14,6 @@ from conformance.backend import (
 from conformance.checklist import item
 from conformance.items.moving import mapped_huge
 from conformance.setting import PROTECT, WP, Setting, done, store
-
-
-def protected(backend: Backend, area: Area, process_setting: Setting) -> Setting:
-    done(process_setting.uffd.writeprotect(area.start, area.length, PROTECT))
-    assert all(process_setting.process.entry(address).uffd_wp for address in area.pages)
-    return process_setting
 
 
 def fresh(backend: Backend, kind: Kind, pages: int, *, huge: bool = False) -> Setting:
@@ -37,7 +30,9 @@ def fresh(backend: Backend, kind: Kind, pages: int, *, huge: bool = False) -> Se
         raise Unavailable("the kernel gave no transparent huge pages")
     uffd = process.userfaultfd()
     done(uffd.register(area.start, area.length, WP))
-    return protected(backend, area, Setting(process, uffd, area))
+    done(uffd.writeprotect(area.start, area.length, PROTECT))
+    assert all(process.entry(address).uffd_wp for address in area.pages)
+    return Setting(process, uffd, area)
 
 
 def moved_unprotected(where: Setting) -> None:
@@ -65,11 +60,12 @@ def paged_out(backend: Backend, where: Setting) -> None:
 @item("wp-mremap.page", Kind.ANON, Kind.SHMEM)
 def a_moved_page_is_unprotected(backend: Backend, kind: Kind) -> None:
     moved_unprotected(fresh(backend, kind, 1))
+
+
+@item("wp-mremap.page-swapped", Kind.ANON, Kind.SHMEM)
+def a_moved_page_that_was_paged_out_is_unprotected(backend: Backend, kind: Kind) -> None:
     where = fresh(backend, kind, 1)
-    try:
-        paged_out(backend, where)
-    except Unavailable:
-        return
+    paged_out(backend, where)
     moved_unprotected(where)
 
 
@@ -78,6 +74,13 @@ def a_moved_huge_page_is_unprotected(backend: Backend, kind: Kind) -> None:
     # 2 MiB, the size that is there wherever huge pages are; smaller ones are off unless an administrator
     # switches them on.
     moved_unprotected(fresh(backend, kind, HUGE // 4096, huge=True))
+
+
+@item("wp-mremap.thp-swapped", Kind.THP, Kind.SHMEM)
+def a_moved_huge_page_that_was_paged_out_is_unprotected(backend: Backend, kind: Kind) -> None:
+    where = fresh(backend, kind, HUGE // 4096, huge=True)
+    paged_out(backend, where)
+    moved_unprotected(where)
 
 
 @item("wp-mremap.hugetlb", Kind.HUGETLB, Kind.HUGETLB_PRIVATE)

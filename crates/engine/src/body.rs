@@ -72,7 +72,7 @@ pub(crate) struct Plan {
 impl Body {
     pub(crate) fn new(plan: Plan) -> Body {
         let blocks = plan.memory.len().div_ceil(plan.block);
-        let pages = if plan.access == Access::ReadWrite {
+        let pages = if plan.access != Access::ReadOnly {
             plan.memory.len() / plan.memory.page()
         } else {
             0
@@ -97,7 +97,7 @@ impl Body {
     }
 
     pub(crate) fn writable(&self) -> bool {
-        self.access == Access::ReadWrite
+        self.access != Access::ReadOnly
     }
 
     /// True if blocks are read into a buffer and copied into place.

@@ -10,6 +10,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
+use crate::Access;
 use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::engine::Engine;
@@ -164,7 +165,8 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> 
 /// Writes back everything in `blocks` and makes it durable. An error that the background write-back met
 /// since the last flush is raised once.
 pub(crate) fn flush(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<(), Error> {
-    if !body.writable() {
+    if body.access != Access::ReadWrite {
+        // Private changes are nobody's to keep.
         return Ok(());
     }
     let met = body.lock().pending.take();

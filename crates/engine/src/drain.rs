@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::Access;
 use crate::clean::{self, Which};
 use crate::engine::Engine;
 use crate::signals::BlockedSignals;
@@ -54,12 +55,17 @@ impl Drain {
                 *kicked = false;
             }
             let full = last_full.elapsed() >= AGE;
-            let which = if full { Which::All } else { Which::Resting };
             let mut failed = false;
             for body in engine.bodies() {
                 if body.writable() && !body.lock().closed {
                     let blocks = body.lock().blocks() as u32;
                     // The error stays with the region until the next flush raises it.
+                    // Private changes need no home as long as there is room.
+                    let which = if full && body.access == Access::ReadWrite {
+                        Which::All
+                    } else {
+                        Which::Resting
+                    };
                     failed |= clean::clean(engine, &body, 0..blocks, which).is_err();
                 }
             }

@@ -80,6 +80,9 @@ pub enum Access {
     ReadOnly,
     /// Reading and writing; what is written goes to the store.
     ReadWrite,
+    /// Reading and writing; what is written is nobody else's and ends with the region. It goes to the
+    /// store, a scratch one, only to make room.
+    Private,
 }
 
 /// Which pages a region lives on.

@@ -93,7 +93,7 @@ fn shape(options: &RegionOptions, store: &dyn Store, limit: u64) -> Result<Shape
 }
 
 fn memory(options: &RegionOptions, shape: &Shape, limit: u64) -> Result<Memory, Error> {
-    let writable = options.access == Access::ReadWrite;
+    let writable = options.access != Access::ReadOnly;
     let length = |page: usize| (options.len as usize).next_multiple_of(page);
     if shape.huge {
         let wanted = (options.len.min(limit)).div_ceil(HUGE as u64);
@@ -131,7 +131,7 @@ impl Region {
                 options.len
             )));
         }
-        if options.access == Access::ReadWrite && !store.writable() {
+        if options.access != Access::ReadOnly && !store.writable() {
             return Err(Error::ReadOnly);
         }
         let engine = Engine::current()?;
@@ -257,6 +257,18 @@ impl Region {
         self.check(offset, len)?;
         let engine = self.engine()?;
         clean::flush(engine, &self.body, self.body.blocks(offset, len))
+    }
+
+    /// Writes everything that is dirty to the store, which need not be durable afterwards. Only then does the
+    /// store of a private region know what has been changed.
+    pub fn write_out(&self) -> Result<(), Error> {
+        let body = &self.body;
+        clean::clean(
+            self.engine()?,
+            body,
+            0..body.all_blocks(),
+            clean::Which::All,
+        )
     }
 
     /// Brings blocks in ahead of their touch; `(offset, length)` in bytes. What the limit cannot hold is
@@ -387,6 +399,10 @@ impl Region {
             Err(_) => return Ok(()),
         };
         let body = &self.body;
+        if body.access == Access::Private {
+            self.abandon();
+            return Ok(());
+        }
         clean::flush(engine, body, 0..body.all_blocks())?;
         {
             let mut table = body.lock();

@@ -9,6 +9,7 @@ mod errors;
 mod faulty_store;
 mod file_store;
 mod memory_store;
+mod overlay_store;
 mod pin;
 mod prefetch_ticket;
 mod region;
@@ -24,6 +25,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<store::Store>()?;
     m.add_class::<file_store::FileStore>()?;
     m.add_class::<memory_store::MemoryStore>()?;
+    m.add_class::<overlay_store::OverlayStore>()?;
     m.add_class::<zero_store::ZeroStore>()?;
     m.add_class::<faulty_store::FaultyStore>()?;
     m.add_class::<userfaultfd::Userfaultfd>()?;

@@ -42,7 +42,7 @@ pub struct Region {
 
 impl Region {
     fn writable(&self) -> bool {
-        self.region.access() == Access::ReadWrite
+        self.region.access() != Access::ReadOnly
     }
 
     /// A range of the region; no length means to the end.
@@ -102,7 +102,7 @@ impl Region {
 impl Region {
     #[new]
     #[pyo3(signature = (
-        store, *, name, writable, offset, length, block, pages, memory_limit, on_error, retry_for, locking,
+        store, *, name, writable, private, offset, length, block, pages, memory_limit, on_error, retry_for, locking,
         owns_lock
     ))]
     #[allow(
@@ -114,6 +114,7 @@ impl Region {
         store: Bound<'_, Store>,
         name: String,
         writable: bool,
+        private: bool,
         offset: u64,
         length: u64,
         block: Option<usize>,
@@ -126,10 +127,10 @@ impl Region {
     ) -> PyResult<Self> {
         let options = RegionOptions {
             name: name.clone(),
-            access: if writable {
-                Access::ReadWrite
-            } else {
-                Access::ReadOnly
+            access: match (writable, private) {
+                (_, true) => Access::Private,
+                (true, false) => Access::ReadWrite,
+                (false, false) => Access::ReadOnly,
             },
             offset,
             len: length,
@@ -150,7 +151,7 @@ impl Region {
             retry_for: Duration::try_from_secs_f64(retry_for)
                 .map_err(|e| PyValueError::new_err(format!("retry_for is {retry_for}: {e}")))?,
         };
-        let writer = (writable && locking).then(|| store.get().writer.clone());
+        let writer = (writable && !private && locking).then(|| store.get().writer.clone());
         if let Some(writer) = &writer
             && writer.swap(true, Ordering::AcqRel)
         {
@@ -249,6 +250,11 @@ impl Region {
             )));
         }
         self.close_now(py)
+    }
+
+    /// Moves every change of a private region to its scratch store.
+    fn _write_out(&self, py: Python<'_>) -> PyResult<()> {
+        self.wait_for(py, userfault_engine::Region::write_out)
     }
 
     /// As close(), but under living arrays: touching one of them afterwards is SIGSEGV.

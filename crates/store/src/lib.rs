@@ -21,7 +21,9 @@ mod faulty;
 mod file;
 mod lock;
 mod memory;
+mod overlay;
 mod pagecache;
+mod pages;
 mod plan;
 mod writeback;
 mod zero;
@@ -30,6 +32,8 @@ pub use faulty::{CallRecord, FaultyStore};
 pub use file::{FileMode, FileOptions, FileStore, OpenError};
 pub use lock::Locking;
 pub use memory::MemoryStore;
+pub use overlay::OverlayStore;
+pub use pages::PageSet;
 pub use plan::{Action, Call, Rule};
 pub use zero::ZeroStore;
 

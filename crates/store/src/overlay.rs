@@ -1,0 +1,303 @@
+//! Private changes: a store whose writes go to scratch and never to what lies below.
+//!
+//! Mode "c" lies on a file that must not change; an array without a file lies on nothing, which reads as
+//! zeros. Pages that were written live in a scratch file that is unlinked from the beginning, so nothing
+//! of it outlives the process. Which pages those are is kept in memory: one bit for each 4 KiB.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::Store;
+use crate::file::{FileMode, FileOptions, FileStore, OpenError};
+use crate::lock::Locking;
+use crate::pages::PageSet;
+
+/// The unit in which changes move to scratch, bytes.
+const PAGE: usize = 4096;
+
+/// A store of private changes.
+pub struct OverlayStore {
+    below: Option<Arc<dyn Store>>,
+    /// Where the overlay begins in what lies below, bytes.
+    offset: u64,
+    len: u64,
+    scratch: FileStore,
+    folder: PathBuf,
+    moved: Mutex<PageSet>,
+    name: String,
+}
+
+impl OverlayStore {
+    /// `len` bytes of `below` from `offset` on, or `len` zeros, with changes in a scratch file in `folder`.
+    pub fn new(
+        below: Option<Arc<dyn Store>>,
+        offset: u64,
+        len: u64,
+        folder: &Path,
+        name: String,
+    ) -> Result<Self, OpenError> {
+        let failed = |error: io::Error| OpenError::Io {
+            path: folder.to_path_buf(),
+            call: "making a scratch file",
+            error,
+        };
+        let file = unlinked(folder).map_err(failed)?;
+        let options = FileOptions {
+            min_len: len.next_multiple_of(PAGE as u64),
+            locking: Locking::Off,
+            ..FileOptions::new(FileMode::ReadWrite)
+        };
+        // The store opens the file anew, which an unlinked one allows by its descriptor alone.
+        let scratch = FileStore::open(format!("/proc/self/fd/{}", file.as_raw_fd()), options)?;
+        Ok(Self {
+            below,
+            offset,
+            len,
+            scratch,
+            folder: folder.to_path_buf(),
+            moved: Mutex::new(PageSet::new((len as usize).div_ceil(PAGE))),
+            name,
+        })
+    }
+
+    /// Bytes that differ from what lies below, as far as they have been written here.
+    pub fn changed(&self) -> u64 {
+        (self.moved().count() * PAGE) as u64
+    }
+
+    fn moved(&self) -> MutexGuard<'_, PageSet> {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The pieces of a range that lie in scratch (true) and below (false), in order.
+    fn pieces(&self, offset: u64, len: usize) -> Vec<(bool, Range<usize>)> {
+        let end = (offset as usize + len).min(self.len as usize);
+        let moved = self.moved();
+        let mut pieces: Vec<(bool, Range<usize>)> = Vec::new();
+        let mut at = offset as usize;
+        while at < end {
+            let next = ((at / PAGE + 1) * PAGE).min(end);
+            let here = moved.contains(at / PAGE);
+            match pieces.last_mut() {
+                Some((there, range)) if *there == here => range.end = next,
+                _ => pieces.push((here, at..next)),
+            }
+            at = next;
+        }
+        pieces
+    }
+
+    fn read_pieces(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        mut read: impl FnMut(&dyn Store, u64, &mut [u8]) -> io::Result<bool>,
+    ) -> io::Result<bool> {
+        let pieces = self.pieces(offset, buf.len());
+        let end = pieces
+            .last()
+            .map_or(offset as usize, |(_, range)| range.end);
+        let (_, tail) = buf.split_at_mut(end - (offset as usize).min(end));
+        tail.fill(0);
+        for (in_scratch, range) in pieces {
+            let into = &mut buf[range.start - offset as usize..range.end - offset as usize];
+            let whole = if in_scratch {
+                read(&self.scratch, range.start as u64, into)?
+            } else if let Some(below) = &self.below {
+                read(&**below, self.offset + range.start as u64, into)?
+            } else {
+                into.fill(0);
+                true
+            };
+            if !whole {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Store for OverlayStore {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.read_pieces(offset, buf, |store, at, into| {
+            store.read(at, into).map(|()| true)
+        })
+        .map(|_| ())
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        self.read_pieces(offset, buf, |store, at, into| store.read_now(at, into))
+    }
+
+    /// Takes whole pages, as the engine writes them; only the last page of the store may be cut.
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let end = offset + data.len() as u64;
+        if !offset.is_multiple_of(PAGE as u64)
+            || !(end.is_multiple_of(PAGE as u64) || end == self.len)
+        {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        self.scratch.write(offset, data).map_err(|error| {
+            let name = self.folder.display();
+            io::Error::new(error.kind(), format!("the scratch file in {name}: {error}"))
+        })?;
+        self.moved()
+            .insert(offset as usize / PAGE..(end as usize).div_ceil(PAGE));
+        Ok(())
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        let end = (offset + len).min(self.len);
+        let pages = (offset as usize).div_ceil(PAGE)..end as usize / PAGE;
+        let inner = (pages.start * PAGE) as u64..(pages.end.max(pages.start) * PAGE) as u64;
+        if !inner.is_empty() {
+            self.scratch.punch(inner.start, inner.end - inner.start)?;
+            // Over nothing a page that is gone is zeros anyhow; over a file its zeros hide the file's bytes.
+            if self.below.is_none() {
+                self.moved().remove(pages);
+            } else {
+                self.moved().insert(pages);
+            }
+        }
+        for edge in [offset..inner.start.min(end), inner.end.max(offset)..end] {
+            if edge.start < edge.end {
+                let page = edge.start / PAGE as u64 * PAGE as u64;
+                let mut bytes = vec![0; PAGE.min((self.len - page) as usize)];
+                self.read(page, &mut bytes)?;
+                bytes[(edge.start - page) as usize..(edge.end - page) as usize].fill(0);
+                self.write(page, &bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Private changes are never durable.
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn preferred_block(&self) -> usize {
+        self.below
+            .as_ref()
+            .map_or(0, |below| below.preferred_block())
+    }
+
+    fn concurrent_reads(&self) -> bool {
+        self.below
+            .as_ref()
+            .is_none_or(|below| below.concurrent_reads())
+    }
+
+    fn writable(&self) -> bool {
+        true
+    }
+
+    fn remote(&self) -> bool {
+        self.below.as_ref().is_some_and(|below| below.remote())
+    }
+
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+}
+
+/// A file in `folder` that has no name.
+fn unlinked(folder: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).mode(0o600);
+    match options.clone().custom_flags(libc::O_TMPFILE).open(folder) {
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EOPNOTSUPP | libc::EISDIR | libc::EINVAL)
+            ) =>
+        {
+            // A file system without nameless files.
+            let path = folder.join(format!(
+                "userfault-scratch-{}-{:?}",
+                std::process::id(),
+                std::time::Instant::now()
+            ));
+            let file = options.create_new(true).open(&path)?;
+            std::fs::remove_file(&path)?;
+            Ok(file)
+        }
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MemoryStore;
+
+    fn overlay(bytes: Vec<u8>, offset: u64, len: u64) -> (Arc<MemoryStore>, OverlayStore) {
+        let below = Arc::new(MemoryStore::new(bytes));
+        let store = OverlayStore::new(
+            Some(below.clone()),
+            offset,
+            len,
+            &std::env::temp_dir(),
+            "test".into(),
+        )
+        .unwrap();
+        (below, store)
+    }
+
+    #[test]
+    fn writes_are_read_back_and_never_reach_what_lies_below() {
+        let bytes: Vec<u8> = (0..40_000u32).map(|n| n as u8).collect();
+        let (below, store) = overlay(bytes.clone(), 100, 30_000);
+        store.write(4096, &[7; 8192]).unwrap();
+        store.write(28_672, &[9; 30_000 - 28_672]).unwrap();
+        let mut expected = bytes[100..30_100].to_vec();
+        expected[4096..12_288].fill(7);
+        expected[28_672..].fill(9);
+        let mut read = vec![1; 30_100];
+        store.read(0, &mut read).unwrap();
+        assert_eq!(&read[..30_000], &expected[..]);
+        assert_eq!(&read[30_000..], &[0; 100][..]);
+        assert_eq!(below.to_vec(), bytes);
+        assert_eq!(store.changed(), 3 * 4096);
+        store.punch(5000, 10_000).unwrap();
+        expected[5000..15_000].fill(0);
+        store.read(0, &mut read[..30_000]).unwrap();
+        assert_eq!(&read[..30_000], &expected[..]);
+    }
+
+    #[test]
+    fn over_nothing_it_reads_zeros_and_gives_punched_space_back() {
+        let store =
+            OverlayStore::new(None, 0, 1 << 20, &std::env::temp_dir(), "array".into()).unwrap();
+        let mut read = vec![1; 1 << 20];
+        assert!(store.read_now(0, &mut read).unwrap());
+        assert!(read.iter().all(|byte| *byte == 0));
+        store.write(0, &[5; 65_536]).unwrap();
+        store.punch(0, 1 << 20).unwrap();
+        assert_eq!(store.changed(), 0);
+        store.read(0, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn half_a_page_in_the_middle_is_refused() {
+        let (_, store) = overlay(vec![0; 16_384], 0, 16_384);
+        assert_eq!(
+            store.write(100, &[1; 4096]).unwrap_err().raw_os_error(),
+            Some(libc::EINVAL)
+        );
+        assert_eq!(
+            store.write(0, &[1; 100]).unwrap_err().raw_os_error(),
+            Some(libc::EINVAL)
+        );
+    }
+}

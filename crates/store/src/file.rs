@@ -19,7 +19,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Store;
 use crate::direct::{self, Direct};
@@ -138,7 +138,7 @@ impl std::error::Error for OpenError {}
 #[derive(Debug)]
 pub struct FileStore {
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
     len: u64,
     writable: bool,
     in_memory: bool,
@@ -158,7 +158,7 @@ impl FileStore {
             move |error: io::Error| OpenError::Io { path, call, error }
         };
         let writable = options.mode != FileMode::Read;
-        let mut file = OpenOptions::new()
+        let file = OpenOptions::new()
             .read(true)
             .write(writable)
             .create(matches!(
@@ -168,6 +168,7 @@ impl FileStore {
             .create_new(options.mode == FileMode::CreateNew)
             .open(&path)
             .map_err(failed("open"))?;
+        let file = Arc::new(file);
         let kind = file.metadata().map_err(failed("stat"))?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(OpenError::Kind { path });
@@ -191,7 +192,7 @@ impl FileStore {
             }
         }
         // A block device has no length in its metadata.
-        let len = file.seek(SeekFrom::End(0)).map_err(failed("seek"))?;
+        let len = (&*file).seek(SeekFrom::End(0)).map_err(failed("seek"))?;
         pagecache::no_read_ahead(&file);
         Ok(Self {
             len,
@@ -199,11 +200,10 @@ impl FileStore {
             in_memory: direct::in_memory(&file),
             page: page_size(),
             cache: PageCache::default(),
-            direct: if options.direct {
-                Direct::open(&file, writable)
-            } else {
-                None
-            },
+            // A file that no call can read so much of needs no second descriptor.
+            direct: (options.direct && len >= direct::READ_FROM as u64)
+                .then(|| Direct::open(&file, writable))
+                .flatten(),
             writeback: WriteBack::default(),
             lock: Mutex::new(lock),
             file,

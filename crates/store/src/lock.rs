@@ -16,6 +16,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 /// Which locks an open takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -32,7 +33,7 @@ pub enum Locking {
 /// A lock that is held; given up by drop, in the process that took it.
 #[derive(Debug)]
 pub(crate) struct FileLock {
-    file: File,
+    file: Arc<File>,
     // A forked child shares the open file description: were it to unlock, the parent would lose its lock.
     owner: u32,
 }
@@ -40,18 +41,21 @@ pub(crate) struct FileLock {
 impl FileLock {
     /// Takes the lock that `locking` asks for; `Ok(None)` if it asks for none, an error of kind
     /// `WouldBlock` if somebody else holds a lock that excludes it.
-    pub(crate) fn take(file: &File, write: bool, locking: Locking) -> io::Result<Option<Self>> {
+    pub(crate) fn take(
+        file: &Arc<File>,
+        write: bool,
+        locking: Locking,
+    ) -> io::Result<Option<Self>> {
         let operation = match (locking, write) {
             (Locking::Off, _) | (Locking::Writers, false) => return Ok(None),
             (Locking::Strict, false) => libc::LOCK_SH,
             (_, true) => libc::LOCK_EX,
         };
-        let file = file.try_clone()?;
         loop {
             // SAFETY: flock takes a descriptor, which `file` keeps open, and no pointer.
             if unsafe { libc::flock(file.as_raw_fd(), operation | libc::LOCK_NB) } == 0 {
                 return Ok(Some(Self {
-                    file,
+                    file: file.clone(),
                     owner: std::process::id(),
                 }));
             }
@@ -96,7 +100,7 @@ pub(crate) fn holder(file: &File) -> Option<u32> {
 mod tests {
     use super::*;
 
-    fn two_opens(name: &str) -> (File, File) {
+    fn two_opens(name: &str) -> (Arc<File>, Arc<File>) {
         let path =
             std::env::temp_dir().join(format!("userfault-lock-{}-{name}", std::process::id()));
         fs::write(&path, b"x").unwrap();
@@ -107,12 +111,12 @@ mod tests {
                 .open(&path)
                 .unwrap()
         };
-        let pair = (open(), open());
+        let pair = (Arc::new(open()), Arc::new(open()));
         fs::remove_file(&path).unwrap();
         pair
     }
 
-    fn refused(file: &File, write: bool, locking: Locking) -> bool {
+    fn refused(file: &Arc<File>, write: bool, locking: Locking) -> bool {
         match FileLock::take(file, write, locking) {
             Ok(_) => false,
             Err(error) => {

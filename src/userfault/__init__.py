@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from userfault._native import (
         FileStore,
         MemoryStore,
+        OverlayStore,
         Pin,
         PrefetchTicket,
         Stats,
         Store,
         ZeroStore,
     )
+    from userfault.arrays import Arena, empty, full, zeros
     from userfault.errors import CorruptError, Error, InUseError, PoisonedError, StoreError
     from userfault.limits import set_memory_limit, stats
     from userfault.mapped_array import memmap
@@ -39,12 +41,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Arena": "userfault.arrays",
     "BlockError": "userfault.region",
     "CorruptError": "userfault.errors",
     "Error": "userfault.errors",
     "FileStore": "userfault._native",
     "InUseError": "userfault.errors",
     "MemoryStore": "userfault._native",
+    "OverlayStore": "userfault._native",
     "Pin": "userfault._native",
     "PoisonedError": "userfault.errors",
     "PrefetchTicket": "userfault._native",
@@ -54,21 +58,26 @@ _HOMES = {
     "StoreError": "userfault.errors",
     "Userfaultfd": "userfault.userfaultfd",
     "ZeroStore": "userfault._native",
+    "empty": "userfault.arrays",
+    "full": "userfault.arrays",
     "load": "userfault.npy",
     "memmap": "userfault.mapped_array",
     "open": "userfault.opening",
     "open_memmap": "userfault.npy",
     "set_memory_limit": "userfault.limits",
     "stats": "userfault.limits",
+    "zeros": "userfault.arrays",
 }
 
 __all__ = [
+    "Arena",
     "BlockError",
     "CorruptError",
     "Error",
     "FileStore",
     "InUseError",
     "MemoryStore",
+    "OverlayStore",
     "Pin",
     "PoisonedError",
     "PrefetchTicket",
@@ -78,12 +87,15 @@ __all__ = [
     "StoreError",
     "Userfaultfd",
     "ZeroStore",
+    "empty",
+    "full",
     "load",
     "memmap",
     "open",
     "open_memmap",
     "set_memory_limit",
     "stats",
+    "zeros",
 ]
 
 

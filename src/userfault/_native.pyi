@@ -11,6 +11,7 @@ __all__ = [
     "FaultyStore",
     "FileStore",
     "MemoryStore",
+    "OverlayStore",
     "Pin",
     "PrefetchTicket",
     "Region",
@@ -57,6 +58,20 @@ class FileStore(Store):
     def path(self) -> os.PathLike[str]: ...
 
 @final
+class OverlayStore(Store):
+    def __new__(
+        cls,
+        store: Store | None,
+        *,
+        offset: int,
+        length: int,
+        folder: str | os.PathLike[str],
+        name: str,
+    ) -> OverlayStore: ...
+    @property
+    def changed(self) -> int: ...
+
+@final
 class MemoryStore(Store):
     def __new__(cls, contents: SupportsIndex | ReadableBuffer, /) -> MemoryStore: ...
     def getvalue(self) -> bytes: ...
@@ -82,6 +97,7 @@ class Region:
         *,
         name: str,
         writable: bool,
+        private: bool,
         offset: int,
         length: int,
         block: int | None,
@@ -123,6 +139,7 @@ class Region:
     def resident(self, offset: int = 0, length: int | None = None) -> bytes: ...
     def heal(self, offset: int, length: int) -> int: ...
     def pread(self, n: int, offset: int) -> bytes: ...
+    def _write_out(self) -> None: ...
     def _close_under_arrays(self) -> None: ...
     def _abandon(self) -> None: ...
     def _block_errors(self) -> list[tuple[int, int, int, str, float]]: ...

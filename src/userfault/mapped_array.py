@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from userfault import _native
-from userfault.opening import Options, checked_block, region_over
+from userfault.opening import Options, checked_block, private_region, region_over
 from userfault.region import Region, as_bytes, as_shape, mappable
 from userfault.sizes import Size, parse_size
 
@@ -43,8 +43,9 @@ class memmap(np.ndarray[Any, Any]):
     As numpy.memmap: `filename`, `dtype`, `mode`, `offset` (bytes), `shape` and `order` mean the same, and
     attributes `filename`, `offset` and `mode` keep them. `filename` may be an open file with a name. Modes
     are "r" (the file exists, the array is read-only), "r+" (the file exists, and is made longer if the
-    shape needs it) and "w+" (the file is created or emptied; `shape` is needed). No shape means one
-    dimension, to the end of the file.
+    shape needs it), "w+" (the file is created or emptied; `shape` is needed) and "c" (what is written is
+    private to this array and never reaches the file; it goes to the folder `scratch` when memory is short).
+    No shape means one dimension, to the end of the file.
 
     `memory_limit` and `block` are those of `userfault.open`, as is everything else that is not said here:
     what an I/O error does, who may write a file that is open, what happens at exit and after fork().
@@ -79,6 +80,7 @@ class memmap(np.ndarray[Any, Any]):
         *,
         memory_limit: Size | None = None,
         block: Size | Literal["auto"] = "auto",
+        scratch: str | os.PathLike[str] | None = None,
     ) -> memmap:
         path, name = _path_of(filename)
         kind = mappable(np.dtype(dtype))
@@ -92,6 +94,8 @@ class memmap(np.ndarray[Any, Any]):
         if mode == "w+" and sizes is None:
             raise ValueError("mode 'w+' creates the file anew: give the shape")
         options = as_options(memory_limit, block)
+        if scratch is not None and mode != "c":
+            raise ValueError(f"scratch is for private changes, in mode 'c'; mode is {mode!r}")
         store = _open_file(path, mode, None if sizes is None else start + _nbytes(sizes, kind))
         if sizes is None:
             count, rest = divmod(len(store) - start, kind.itemsize)
@@ -101,7 +105,9 @@ class memmap(np.ndarray[Any, Any]):
                     f"of elements of {kind.itemsize} bytes"
                 )
             sizes = (count,)
-        return over(store, mode, start, kind, sizes, order, name=name, options=options, cls=cls)
+        return over(
+            store, mode, start, kind, sizes, order, name=name, options=options, scratch=scratch, cls=cls
+        )
 
     def __array_finalize__(self, obj: NDArray[Any] | None) -> None:
         if isinstance(obj, memmap) and obj._region is not None and np.may_share_memory(self, obj):
@@ -200,6 +206,7 @@ def over(
     *,
     name: str | Path | None,
     options: Options,
+    scratch: str | os.PathLike[str] | None = None,
     cls: type[memmap] = memmap,
 ) -> memmap:
     """A memmap of the given shape over an open file, from `offset` (bytes) on.
@@ -217,7 +224,7 @@ def over(
         array = np.ndarray.__new__(cls, shape, dtype, order=order)
         array._region = None
     else:
-        region, inside = _region(store, mode, offset, nbytes, options)
+        region, inside = _region(store, mode, offset, nbytes, options, scratch)
         array = np.ndarray.__new__(cls, shape, dtype, as_bytes(region), inside, order=order)
         array._region = region
     array.filename, array.offset, array.mode = name, offset, mode
@@ -230,6 +237,7 @@ def _region(
     offset: int,
     nbytes: int,
     options: Options,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> tuple[Region, int]:
     """A region over the range, and where the range begins in it.
 
@@ -237,6 +245,8 @@ def _region(
     file, which direct I/O needs, whatever stands before the array.
     """
     inside = offset % mmap.PAGESIZE
+    if mode == "c":
+        return private_region(store, offset - inside, inside + nbytes, options, scratch), inside
     mode = "r" if mode == "r" else "r+"
     region = region_over(store, mode, offset - inside, inside + nbytes, options, owned=True)
     return region, inside
@@ -253,7 +263,7 @@ def _reopened_view(
     offset: int,
 ) -> memmap:
     dtype, shape, strides, first = view
-    region, inside = _region(_native.FileStore(path, mode), mode, begin, nbytes, options)
+    region, inside = _region(_open_file(path, mode, None), mode, begin, nbytes, options)
     array = np.ndarray.__new__(memmap, shape, dtype, as_bytes(region), inside + first, strides)
     array._region = region
     array.filename, array.offset, array.mode = filename, offset, mode
@@ -264,9 +274,7 @@ def checked_mode(mode: str) -> str:
     """A mode of numpy.memmap in its short form; raises ValueError for any other."""
     short = _MODES.get(mode)
     if short is None:
-        raise ValueError(f"mode is {mode!r}: it must be one of r, r+, w+")
-    if short == "c":
-        raise ValueError("mode 'c' (private writes) is not there yet: copy the file, or use 'r' or 'r+'")
+        raise ValueError(f"mode is {mode!r}: it must be one of r, r+, w+, c")
     return short
 
 
@@ -310,7 +318,7 @@ def _path_of(filename: FileName) -> tuple[str, str | Path | None]:
 
 
 def _open_file(path: str, mode: str, end: int | None) -> _native.FileStore:
-    if mode == "r":
+    if mode in ("r", "c"):
         return _native.FileStore(path, "r")
     return _native.FileStore(path, "w" if mode == "w+" else "r+", length=end)
 

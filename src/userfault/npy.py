@@ -21,12 +21,16 @@ __all__ = ["load", "open_memmap"]
 
 
 def load(
-    file: str | os.PathLike[str], mmap_mode: Literal["r", "r+"] = "r", *, memory_limit: Size | None = None
+    file: str | os.PathLike[str],
+    mmap_mode: Literal["r", "r+", "c"] = "r",
+    *,
+    memory_limit: Size | None = None,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> memmap:
     """Opens an .npy file as a `memmap` of its shape and type, whatever its version of the format.
 
     As ``numpy.load(file, mmap_mode="r")``, but with `memory_limit`, in bytes or text (see `userfault.open`).
-    Modes are "r" and "r+".
+    Modes are "r", "r+" and "c", whose private changes go to the folder `scratch` when memory is short.
 
     Raises CorruptError (a ValueError) for what is no .npy file, or shorter than its header says; ValueError
     for arrays of Python objects and for other modes; OSErrors as open() does; InUseError.
@@ -36,7 +40,9 @@ def load(
     mode = checked_mode(mmap_mode)
     if mode == "w+":
         raise ValueError("mmap_mode is 'w+': to create an .npy file, use userfault.open_memmap")
-    return _existing(file, mode, memory_limit)
+    if scratch is not None and mode != "c":
+        raise ValueError(f"scratch is for private changes, in mode 'c'; mmap_mode is {mmap_mode!r}")
+    return _existing(file, mode, memory_limit, scratch)
 
 
 def open_memmap(
@@ -54,7 +60,7 @@ def open_memmap(
     Mode "w+" creates or empties the file for an array of `dtype` (default float64) and `shape`, which is
     needed; `fortran_order` and `version` of the format are for it alone (no version: the oldest that fits).
     The data begin at a page of the file, for the sake of direct I/O; every reader of .npy files can read
-    it. Modes "r" and "r+" take type and shape from the file. `memory_limit` is in bytes or text (see
+    it. Modes "r", "r+" and "c" take type and shape from the file. `memory_limit` is in bytes or text (see
     `userfault.open`).
 
     Raises ValueError, CorruptError, OSErrors and InUseError as `load` and `memmap` do.
@@ -84,10 +90,15 @@ def open_memmap(
     )
 
 
-def _existing(file: str | os.PathLike[str], mode: str, memory_limit: Size | None) -> memmap:
+def _existing(
+    file: str | os.PathLike[str],
+    mode: str,
+    memory_limit: Size | None,
+    scratch: str | os.PathLike[str] | None = None,
+) -> memmap:
     path, name = _named(file)
     options = as_options(memory_limit, "auto")
-    store = _native.FileStore(path, mode)
+    store = _native.FileStore(path, "r" if mode == "c" else mode)
     size = len(store)
     header = read_header(lambda offset, n: store.read(offset, max(0, min(n, size - offset))), path)
     dtype = mappable(header.dtype)
@@ -97,7 +108,9 @@ def _existing(file: str | os.PathLike[str], mode: str, memory_limit: Size | None
             f"{header.offset + header.nbytes} bytes, and there are {size}"
         )
     order: Literal["C", "F"] = "F" if header.fortran_order else "C"
-    return over(store, mode, header.offset, dtype, header.shape, order, name=name, options=options)
+    return over(
+        store, mode, header.offset, dtype, header.shape, order, name=name, options=options, scratch=scratch
+    )
 
 
 def _named(file: str | os.PathLike[str]) -> tuple[str, str | Path]:

@@ -6,6 +6,7 @@ import math
 import mmap
 import operator
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 from typing import Literal, SupportsIndex, TypeAlias, cast
 
@@ -13,11 +14,11 @@ from userfault import _native
 from userfault.region import Region, at_exit
 from userfault.sizes import Size, in_words, parse_size
 
-__all__ = ["Options", "open", "region_over"]
+__all__ = ["Options", "open", "private_region", "region_over"]
 
-Mode: TypeAlias = Literal["r", "r+", "w", "w-", "x", "a"]
+Mode: TypeAlias = Literal["r", "r+", "w", "w-", "x", "a", "c"]
 
-_MODES = ("r", "r+", "w", "w-", "x", "a")
+_MODES = ("r", "r+", "w", "w-", "x", "a", "c")
 _LARGEST_BLOCK = 64 << 20
 _LARGEST_REGION = 1 << 46
 
@@ -36,6 +37,7 @@ def open(
     retry_for: float = 30.0,
     readahead: Literal["auto"] = "auto",
     locking: bool | None = None,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> Region:
     """Opens a file or a store as memory that may be larger than the machine's.
 
@@ -44,7 +46,8 @@ def open(
 
     - `mode`: "r" read-only; "r+" reads and writes a file that exists; "w" creates or empties it and "w-" or
       "x" creates one that must not exist, both with `length` needed; "a" reads and writes, and creates or
-      lengthens the file. A store that is no path takes "r" and "r+".
+      lengthens the file; "c" reads and writes, but what is written stays private and ends with the region:
+      the file is never touched. A store that is no path takes "r", "r+" and "c".
     - `offset`, `length`: the bytes of the store; any numbers. No length means to the end. In mode "a" the
       file is made long enough, in the others ValueError says that it is too short.
     - `block`: bytes read and evicted at a time, any power of two from the page size to 64 MiB. "auto" is what
@@ -64,6 +67,9 @@ def open(
     - `locking`: None refuses a second writer of a file with InUseError, in this process and in others
       (flock(2)). A reader may join a live writer: it sees each block as the file had it when the block was
       read. True makes a reader exclude writers too; False locks nothing.
+    - `scratch`: the folder where private changes of mode "c" go when memory is short, in a file without a
+      name; the temporary folder by default. While it is full, nothing that was changed leaves memory, and a
+      touch that needs room waits for it, at last with SIGBUS and a line on stderr; no change is lost.
     - `fault`, `readahead`: "threads" and "auto" are the only ones so far.
 
     Sizes are integers or text such as "256MiB". Raises ValueError for arguments that make no sense,
@@ -91,7 +97,11 @@ def open(
         retry_for=_checked_seconds(retry_for),
         locking=locking,
     )
+    if scratch is not None and mode != "c":
+        raise ValueError(f"scratch is for private changes, in mode 'c'; mode is {mode!r}")
     store, owned = _store(path_or_store, mode, begin, wanted, locking)
+    if mode == "c":
+        return private_region(store, begin, wanted, options, scratch)
     return region_over(store, mode, begin, wanted, options, owned=owned)
 
 
@@ -115,21 +125,12 @@ def region_over(
     `owned` says that nobody else has the store: its lock is given up with the region. Raises ValueError if
     the store is too short.
     """
-    end = len(store)
-    if length is None:
-        length = end - offset
-        if length <= 0:
-            what = "is empty" if end == 0 else f"has {end} bytes, none of them at offset {offset}"
-            raise ValueError(f"{store.name} {what}; give a length, and mode 'a' to make it longer")
-    elif offset + length > end:
-        raise ValueError(
-            f"{store.name} has {end} bytes, not the {offset + length} that offset and length ask for; "
-            "mode 'a' makes a file longer"
-        )
+    length = _length_in(store, offset, length)
     region = Region(
         store,
         name=store.name,
         writable=mode != "r",
+        private=mode == "c",
         offset=offset,
         length=length,
         block=options.block,
@@ -151,6 +152,52 @@ def region_over(
     return region
 
 
+def private_region(
+    store: _native.Store | None,
+    offset: int,
+    length: int | None,
+    options: Options,
+    scratch: str | os.PathLike[str] | None,
+    *,
+    name: str | None = None,
+) -> Region:
+    """A region whose changes are private: over bytes of a store, or over `length` zeros without one.
+
+    `offset` and `length` are bytes of the store; changes that leave memory go to a file without a name in the
+    folder `scratch`. Raises ValueError if the store is too short, OSError if the folder takes no file.
+    """
+    if store is not None:
+        length = _length_in(store, offset, length)
+    overlay = _native.OverlayStore(
+        store,
+        offset=offset,
+        length=length or 0,
+        folder=os.fspath(scratch) if scratch is not None else tempfile.gettempdir(),
+        name=name or (store.name if store is not None else "array"),
+    )
+    region = region_over(overlay, "c", 0, length, options, owned=False)
+    region._reopen["offset"] = offset
+    region._reopen["scratch"] = scratch
+    region._below = store
+    return region
+
+
+def _length_in(store: _native.Store, offset: int, length: int | None) -> int:
+    """The length, to the store's end without one. Raises ValueError if the store is too short."""
+    end = len(store)
+    if length is None:
+        length = end - offset
+        if length <= 0:
+            what = "is empty" if end == 0 else f"has {end} bytes, none of them at offset {offset}"
+            raise ValueError(f"{store.name} {what}; give a length, and mode 'a' to make it longer")
+    elif offset + length > end:
+        raise ValueError(
+            f"{store.name} has {end} bytes, not the {offset + length} that offset and length ask for; "
+            "mode 'a' makes a file longer"
+        )
+    return length
+
+
 def _store(
     path_or_store: str | os.PathLike[str] | _native.Store,
     mode: Mode,
@@ -160,8 +207,10 @@ def _store(
 ) -> tuple[_native.Store, bool]:
     """The store, and True if it was opened here and is nobody else's."""
     if isinstance(path_or_store, _native.Store):
-        if mode not in ("r", "r+"):
-            raise ValueError(f"mode is {mode!r}: a store exists already, so it is opened with 'r' or 'r+'")
+        if mode not in ("r", "r+", "c"):
+            raise ValueError(
+                f"mode is {mode!r}: a store exists already, so it is opened with 'r', 'r+' or 'c'"
+            )
         return path_or_store, False
     if not isinstance(path_or_store, str | os.PathLike):
         raise TypeError(f"a path or a store is needed, not {type(path_or_store).__name__}")
@@ -169,14 +218,11 @@ def _store(
     if length is None and mode in ("w", "w-", "x"):
         raise ValueError(f"mode {mode!r} creates the file anew: give its length")
     minimum = offset + length if grows and length is not None else None
-    return _native.FileStore(path_or_store, mode, length=minimum, locking=locking), True
+    file_mode = "r" if mode == "c" else mode
+    return _native.FileStore(path_or_store, file_mode, length=minimum, locking=locking), True
 
 
 def _checked_mode(mode: str) -> Mode:
-    if mode == "c":
-        raise ValueError(
-            "mode 'c' (private writes) is not there yet: copy the file, or open it with 'r' or 'r+'"
-        )
     if mode not in _MODES:
         raise ValueError(f"mode is {mode!r}: it must be one of {', '.join(_MODES)}")
     return cast(Mode, mode)

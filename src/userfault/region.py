@@ -58,12 +58,15 @@ class Region(_native.Region):
     open the file itself.
 
     Pickling flushes and sends path, range and mode; the other process opens the file again. Modes w, w-, x
-    and a travel as r+, which never truncates. A copy that could write raises InUseError there while this
-    one lives, unless both are opened with locking=False.
+    and a travel as r+, which never truncates; c travels as c, and refuses with TypeError once there are
+    private changes. A copy that could write raises InUseError there while this one lives, unless both are
+    opened with locking=False.
     """
 
     _reopen: dict[str, Any]
     _mode: str
+    _below: _native.Store | None = None
+    """What private changes lie over."""
 
     @property
     def mode(self) -> str:
@@ -188,6 +191,16 @@ class Region(_native.Region):
         if self.closed:
             raise ValueError("a closed region cannot be pickled")
         store = self.store
+        if isinstance(store, _native.OverlayStore):
+            self._write_out()
+            if store.changed:
+                raise TypeError(
+                    f"{self.name} has private changes, which would be lost: another process sees the file "
+                    "alone. Copy the array, or write it to a file first"
+                )
+            below = self._below
+            if isinstance(below, _native.FileStore):
+                return str(Path(below.path).absolute()), "c", self._reopen
         if not isinstance(store, _native.FileStore):
             raise TypeError(
                 f"a region of a {type(store).__name__} cannot be pickled: another process cannot open its "

@@ -1,0 +1,170 @@
+"""Arrays without a file: larger than memory, at home in a scratch file that has no name."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from typing import Any, Literal, SupportsIndex, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from userfault.opening import Options, private_region
+from userfault.region import Region, as_shape, mappable
+from userfault.sizes import Size, in_words, parse_size
+
+__all__ = ["Arena", "empty", "full", "zeros"]
+
+Shape: TypeAlias = SupportsIndex | Iterable[SupportsIndex]
+Folder: TypeAlias = str | os.PathLike[str]
+
+_ALIGNMENT = 64
+"""Arrays of an arena begin at a multiple of so many bytes: a cache line, and the widest vector load."""
+
+_FILL = 1 << 20
+"""Elements that full() writes at a time."""
+
+
+def zeros(
+    shape: Shape,
+    dtype: DTypeLike = float,
+    order: Literal["C", "F"] = "C",
+    *,
+    scratch: Folder | None = None,
+    pages: Literal["auto", "4KiB", "2MiB"] = "auto",
+    memory_limit: Size | None = None,
+) -> NDArray[Any]:
+    """An array of zeros that may be larger than memory; as numpy.zeros.
+
+    What has been written leaves memory for a file without a name in the folder `scratch` (the temporary
+    folder by default) when memory is short; the file ends with the array, or with the process. `pages` and
+    `memory_limit` (bytes or text) are those of `userfault.open`. While the folder's disk is full, nothing
+    that was written leaves memory, and a touch that needs room waits; nothing is lost.
+
+    A forked child cannot use the array: its memory is SIGSEGV there.
+
+    Raises ValueError for a type that holds Python objects or a negative shape, OSError if the folder takes no
+    file or this machine does not allow userfaultfd.
+    """
+    kind = mappable(np.dtype(dtype))
+    sizes = as_shape(shape)
+    nbytes = math.prod(sizes) * kind.itemsize
+    if nbytes == 0:
+        return np.zeros(sizes, kind, order)
+    region = _region(nbytes, scratch, pages, memory_limit, name=f"array of {in_words(nbytes)}")
+    return region.ndarray(kind, sizes, order)
+
+
+def empty(
+    shape: Shape,
+    dtype: DTypeLike = float,
+    order: Literal["C", "F"] = "C",
+    *,
+    scratch: Folder | None = None,
+    pages: Literal["auto", "4KiB", "2MiB"] = "auto",
+    memory_limit: Size | None = None,
+) -> NDArray[Any]:
+    """As `zeros`, for code that writes every element before it reads it: here they are zeros all the same."""
+    return zeros(shape, dtype, order, scratch=scratch, pages=pages, memory_limit=memory_limit)
+
+
+def full(
+    shape: Shape,
+    fill_value: Any,
+    dtype: DTypeLike | None = None,
+    order: Literal["C", "F"] = "C",
+    *,
+    scratch: Folder | None = None,
+    pages: Literal["auto", "4KiB", "2MiB"] = "auto",
+    memory_limit: Size | None = None,
+) -> NDArray[Any]:
+    """As `zeros`, with every element set to `fill_value`, whose type it takes if `dtype` is None.
+
+    All of the array is written, so all of it that does not fit into memory goes to the scratch file at once.
+    Raises what `zeros` raises, and ValueError if the value has no such type.
+    """
+    kind = np.asarray(fill_value).dtype if dtype is None else np.dtype(dtype)
+    array = zeros(shape, kind, order, scratch=scratch, pages=pages, memory_limit=memory_limit)
+    if np.ndim(fill_value):
+        array[...] = fill_value
+        return array
+    flat = array.reshape(-1, order=order)
+    for start in range(0, flat.size, _FILL):
+        flat[start : start + _FILL] = fill_value
+    return array
+
+
+def _region(
+    nbytes: int, scratch: Folder | None, pages: str, memory_limit: Size | None, *, name: str
+) -> Region:
+    if pages not in ("auto", "4KiB", "2MiB"):
+        raise ValueError(f"pages is {pages!r}: it must be one of auto, 4KiB, 2MiB")
+    options = Options(
+        pages=pages, memory_limit=None if memory_limit is None else parse_size(memory_limit, "memory_limit")
+    )
+    return private_region(None, 0, nbytes, options, scratch, name=name)
+
+
+class Arena:
+    """Many small arrays on one region: one scratch file and a few mappings for all of them.
+
+    `nbytes` (bytes or text such as "8GiB") is the room for all its arrays together; none of it is memory
+    before it is touched. Arrays are laid one behind the other; what is dropped is not used again. The arena's memory
+    lives until the arena and the last of its arrays are gone. `scratch` and `pages` are those of
+    `userfault.zeros`, `name` is what messages call it.
+
+    Raises ValueError for what is no size, and what `userfault.zeros` raises.
+    """
+
+    def __init__(
+        self,
+        nbytes: Size,
+        *,
+        scratch: Folder | None = None,
+        pages: Literal["auto", "4KiB", "2MiB"] = "auto",
+        name: str | None = None,
+    ) -> None:
+        size = parse_size(nbytes, "nbytes")
+        if size == 0:
+            raise ValueError("nbytes is 0: an arena without room holds no array")
+        self._region = _region(size, scratch, pages, None, name=name or f"arena of {in_words(size)}")
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The room for all arrays together, in bytes."""
+        return len(self._region)
+
+    @property
+    def used(self) -> int:
+        """Bytes that arrays have taken, with the gaps between them."""
+        return self._used
+
+    def zeros(self, shape: Shape, dtype: DTypeLike = float, order: Literal["C", "F"] = "C") -> NDArray[Any]:
+        """An array of zeros in the arena.
+
+        Raises MemoryError if the rest of the arena is too small, ValueError for a type that holds Python
+        objects or a negative shape.
+        """
+        kind = mappable(np.dtype(dtype))
+        sizes = as_shape(shape)
+        nbytes = math.prod(sizes) * kind.itemsize
+        if nbytes == 0:
+            return np.zeros(sizes, kind, order)
+        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if start + nbytes > len(self._region):
+            left = max(0, len(self._region) - start)
+            raise MemoryError(
+                f"an array of {nbytes} bytes does not fit into the arena: {left} of its {len(self._region)} bytes "
+                "are left; make a larger arena"
+            )
+        self._used = start + nbytes
+        return self._region.ndarray(kind, sizes, order, start)
+
+    def empty(self, shape: Shape, dtype: DTypeLike = float, order: Literal["C", "F"] = "C") -> NDArray[Any]:
+        """As `zeros`: elements that nobody has written are zeros."""
+        return self.zeros(shape, dtype, order)
+
+    def __repr__(self) -> str:
+        return f"<userfault.Arena {self._region.name!r}, {self._used} of {len(self._region)} bytes used>"

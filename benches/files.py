@@ -53,6 +53,18 @@ def kept(folder: Path, length: int) -> Iterator[tuple[Path, tuple[str, ...]]]:
     yield path, ("--sum", str(random_sum(length)))
 
 
+@contextlib.contextmanager
+def sparse(folder: Path, length: int) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """A file of holes, removed afterwards: the disk is not what is measured."""
+    fd, name = tempfile.mkstemp(prefix="userfault-bench-", dir=folder)
+    try:
+        os.ftruncate(fd, length)
+        yield Path(name), ()
+    finally:
+        os.close(fd)
+        os.unlink(name)
+
+
 def remove_kept() -> None:
     """Remove the shared files."""
     for folder in (on_disk(), in_tmpfs()):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 from benches.compare import Bar, Comparison, Contestant
-from benches.files import fresh, in_tmpfs, is_sorted, kept, on_disk
+from benches.files import fresh, in_tmpfs, is_sorted, kept, on_disk, sparse
 from benches.memory import MIB
 
 GIB = 1 << 30
@@ -254,6 +255,39 @@ def _sum() -> Comparison:
     )
 
 
+def _scaling(what: str) -> Comparison:
+    """How the cost of a fault grows: with the size of the region, or with the threads that touch it."""
+    limit = 256 * MIB
+    sizes = (1, 4, 16, 64) if what == "size" else (4,)
+    threads = (1,) if what == "size" else (1, 4, 16, 64, 128)
+    rows: tuple[tuple[str, Literal["rival", "subject"], str, int], ...] = (
+        ("mmap, MADV_RANDOM", "rival", "mmap:random", limit),
+        ("userfault", "subject", "userfault:4KiB", 0),
+    )
+    contestants = tuple(
+        Contestant(
+            f"{name}, {size} GiB" if what == "size" else f"{name}, {count} thread{'s' if count > 1 else ''}",
+            role,
+            (*_memory(kind), "--length", str(size * GIB), "--threads", str(count)),
+            cgroup=cgroup,
+        )
+        for name, role, kind, cgroup in rows
+        for size in sizes
+        for count in threads
+    )
+    return Comparison(
+        name=f"scaling-{what}",
+        title=f"Random 4 KiB reads by {'size of the region' if what == 'size' else 'number of threads'}",
+        text="A sparse file under 256 MiB: nothing is read from the disk, what is left is the paging.",
+        workload=("random-read", "--limit", str(limit), "--block", "4096", "--count", "100000"),
+        unit="thousand/s",
+        better="more",
+        contestants=contestants,
+        rounds=3,
+        file=partial(sparse, on_disk(), max(sizes) * GIB),
+    )
+
+
 COMPARISONS: tuple[Comparison, ...] = (
     _fault("same-cpu", "handler on the same CPU"),
     _fault("other-cpu", "handler on another CPU"),
@@ -274,4 +308,6 @@ COMPARISONS: tuple[Comparison, ...] = (
     *_zipf("together"),
     *_zipf("scattered"),
     _sum(),
+    _scaling("size"),
+    _scaling("threads"),
 )

@@ -118,7 +118,7 @@ def _userfault(
         stats = region.stats()
         names = (
             "faults_missing faults_minor faults_write_protect hits bytes_read bytes_written evictions "
-            "waits latency_p50_ns latency_p99_ns page_tables hugetlb"
+            "waits latency_p50 latency_p99 page_tables hugetlb"
         )
         return {name: getattr(stats, name) for name in names.split() if hasattr(stats, name)}
 

@@ -4,34 +4,23 @@ One method is one ioctl. Results are exact (:class:`userfault.abi.Outcome`: the 
 nothing is retried, and the interpreter is released during every call.
 
 **The interpreter lock.** A thread that touches a missing page holds the interpreter lock while it sleeps
-(``memoryview``, ``ndarray``, ``ctypes.memmove`` through a ``PyDLL`` ... all touch memory with the lock
-held). If the handler is Python code in the same process, it never runs again: both wait for ever, no signal
-handler runs, and only SIGKILL or SIGTERM end it. A handler written with this class therefore belongs into
-**another process**: the touching process makes the userfaultfd and sends it over a Unix socket, and the
-handler fills memory that is not its own. Every call works remotely but :meth:`Userfaultfd.move`, and the
-source of :meth:`Userfaultfd.copy` is the handler's own memory::
+(``memoryview``, ``ndarray`` and ``mmap`` all touch memory with the lock held). If the handler is Python
+code in the same process, it never runs again: both wait for ever, no signal handler runs, and only a kill
+ends them. ``os.fork()`` under ``UFFD_FEATURE_EVENT_FORK`` is the same trap. A handler written with this
+class therefore belongs into **another process**. The touching process makes the userfaultfd and sends it
+over a Unix socket, and the handler fills memory that is not its own::
 
-    import mmap, os, socket, threading
-    from userfault import Userfaultfd, abi
+    # the process with the memory                       # the handler, another process
+    uffd = Userfaultfd()                                _, [fd], _, _ = socket.recv_fds(connection, 1, 1)
+    uffd.register(start, length, MISSING).check()       uffd = Userfaultfd.from_fd(fd)
+    socket.send_fds(connection, [b"u"],                 while True:
+                    [uffd.fileno()])                        for message in uffd.read_messages(wait=True):
+    memory[5000]    # waits for the handler                     uffd.copy(message.address, page)
 
-    ours, theirs = socket.socketpair()
-    if os.fork() == 0:                                    # the handler
-        ours.close()
-        _, [fd], _, _ = socket.recv_fds(theirs, 1, 1)
-        uffd = Userfaultfd.from_fd(fd)
-        while True:
-            for message in uffd.read_messages(wait=True):
-                if isinstance(message, abi.Pagefault):
-                    uffd.copy(message.address, b"\\x2a" * mmap.PAGESIZE)
-    theirs.close()
-    memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    uffd = Userfaultfd()
-    uffd.register(address_of(memory), len(memory), abi.UFFDIO_REGISTER_MODE_MISSING).check()
-    socket.send_fds(ours, [b"u"], [uffd.fileno()])
-    assert memory[5000] == 42                             # served by the handler
-
-Keep the descriptor open in the touching process too: when the last copy is closed, by the death of the
-handler for instance, every sleeper goes on into zeros.
+The page "Write your own fault handler" of the documentation has this as a whole program. Every call works
+remotely but :meth:`Userfaultfd.move`, and the source of :meth:`Userfaultfd.copy` is the handler's own
+memory. Keep the descriptor open in the touching process too: when the last copy is closed, by the death of
+the handler for instance, every sleeper goes on into zeros.
 """
 
 from __future__ import annotations
@@ -73,7 +62,8 @@ class Userfaultfd:
     serves the memory of the process that made it, also when another process holds it, and after a fork the
     parent's.
 
-    It is a context manager, has ``fileno()``, and becomes readable when messages wait.
+    It is a context manager, has ``fileno()``, and becomes readable when messages wait. Handlers belong into
+    another process than the memory's, because of the interpreter lock: see the module's text.
     """
 
     __slots__ = ("_native",)

@@ -236,6 +236,9 @@ class Backend(Protocol):
     def serve(self, running: Running[T_co], uffd: Userfaultfd, answer: Callable[[Message], object]) -> T_co:
         """Answers every message until the operation has ended; gives its result."""
 
+    def page_out(self, process: Process, start: int, length: int) -> None:
+        """MADV_PAGEOUT until no page is mapped; Unavailable if the kernel will not."""
+
     def merged(self, process: Process, area: Area, *, wait: bool = True) -> bool:
         """Page merging (KSM): all pages of the area are the same one. `wait`: they become so in some
         seconds."""

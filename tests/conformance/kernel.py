@@ -25,7 +25,18 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import userfault
-from conformance.backend import HUGE, PROT_READ, PROT_WRITE, Access, Area, Cure, Entry, Kind, Unavailable
+from conformance.backend import (
+    HUGE,
+    MADV_PAGEOUT,
+    PROT_READ,
+    PROT_WRITE,
+    Access,
+    Area,
+    Cure,
+    Entry,
+    Kind,
+    Unavailable,
+)
 from userfault import abi
 from userfault.abi import Message, Outcome, PageRegion
 
@@ -445,6 +456,23 @@ class KernelBackend:
             if running.finished():
                 return running.result()
         raise AssertionError(f"the operation did not end within {SECONDS} seconds")
+
+    def page_out(self, process: Any, start: int, length: int) -> None:
+        # A page that was touched a moment ago waits in a list of the processor it was touched on, and only a
+        # call on that processor takes it from there.
+        processors = os.sched_getaffinity(process.main.tid)
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            for processor in processors:
+                os.sched_setaffinity(process.main.tid, {processor})
+                refusal = process.main.madvise(start, length, MADV_PAGEOUT).result()
+                assert refusal == 0, os.strerror(refusal)
+            os.sched_setaffinity(process.main.tid, processors)
+            words = process.words(start, length // mmap.PAGESIZE)
+            if not any(word & abi.PM_PRESENT for word in words):
+                return
+            time.sleep(0.01)
+        raise Unavailable(f"MADV_PAGEOUT left pages in memory for {SECONDS} seconds")
 
     def merged(self, process: Any, area: Area, *, wait: bool = True) -> bool:
         deadline = time.monotonic() + (SECONDS if wait else 0)

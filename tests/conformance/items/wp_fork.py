@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from conformance.backend import ALL, MADV_DONTNEED, MADV_PAGEOUT, Backend, Kind, Process, Unavailable
+from conformance.backend import ALL, MADV_DONTNEED, Backend, Kind, Process, Unavailable
 from conformance.checklist import item
 from conformance.setting import PROTECT, WP, Setting, done, setting, store
 from userfault import abi
@@ -20,14 +20,14 @@ def protected(backend: Backend, kind: Kind, features: int = 0) -> Setting:
 def unmap_first_page(backend: Backend, where: Setting) -> None:
     """Leaves a marker (shared) or a swap entry (private) where the page was."""
     process, _, area = where
-    advice = MADV_DONTNEED if area.kind.shared else MADV_PAGEOUT
-    refusal = process.main.madvise(area.start, area.page, advice).result()
-    if not area.kind.shared:
-        if area.kind.hugetlb:
-            raise Unavailable("private hugetlb pages cannot be paged out")
-        if not backend.swap:
-            raise Unavailable("this machine has no swap to page private memory out to: swapon FILE")
-    assert refusal == 0
+    if area.kind.shared:
+        assert process.main.madvise(area.start, area.page, MADV_DONTNEED).result() == 0
+    elif area.kind.hugetlb:
+        raise Unavailable("private hugetlb pages cannot be paged out")
+    elif not backend.swap:
+        raise Unavailable("this machine has no swap to page private memory out to: swapon FILE")
+    else:
+        backend.page_out(process, area.start, area.page)
     entry = process.entry(area.start)
     assert entry.uffd_wp
     assert not entry.present

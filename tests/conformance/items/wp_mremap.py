@@ -6,7 +6,6 @@ from conformance.backend import (
     HUGE,
     MADV_COLLAPSE,
     MADV_HUGEPAGE,
-    MADV_PAGEOUT,
     Backend,
     Kind,
     Unavailable,
@@ -50,7 +49,7 @@ def paged_out(backend: Backend, where: Setting) -> None:
     process, _, area = where
     if not area.kind.shared and not backend.swap:
         raise Unavailable("this machine has no swap to page private memory out to: swapon FILE")
-    assert process.main.madvise(area.start, area.length, MADV_PAGEOUT).result() == 0
+    backend.page_out(process, area.start, area.length)
     for address in area.pages:
         entry = process.entry(address)
         assert entry.uffd_wp

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import enum
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, TypeVar
 
 from userfault.abi import Message, Outcome, PageRegion
@@ -190,7 +191,7 @@ class Process(Protocol):
         """One more thread."""
 
     def area(self, kind: Kind, pages: int) -> Area:
-        """Fresh memory without pages; Unavailable if the machine has no such memory."""
+        """Fresh memory without pages, aligned to 2 MiB; Unavailable if the machine has no such memory."""
 
     def room(self, length: int, align: int) -> int:
         """An address range that is reserved and not accessible, as a target for mremap."""
@@ -238,6 +239,15 @@ class Backend(Protocol):
 
     def page_out(self, process: Process, start: int, length: int) -> None:
         """MADV_PAGEOUT until no page is mapped; Unavailable if the kernel will not."""
+
+    def merging(self) -> AbstractContextManager[None]:
+        """Page merging (KSM) is on meanwhile; Unavailable if it cannot be."""
+
+    def folio_sizes(self, kind: Kind) -> list[int]:
+        """The sizes in bytes between a page and 2 MiB in which the kernel can give memory of a kind."""
+
+    def folios(self, kind: Kind, size: int) -> AbstractContextManager[None]:
+        """Meanwhile MADV_HUGEPAGE asks for folios of that size."""
 
     def merged(self, process: Process, area: Area, *, wait: bool = True) -> bool:
         """Page merging (KSM): all pages of the area are the same one. `wait`: they become so in some

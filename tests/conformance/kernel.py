@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import userfault
+from conformance import kernel_settings
 from conformance.backend import (
     HUGE,
     MADV_PAGEOUT,
@@ -288,7 +289,6 @@ class Process:
     def area(self, kind: Kind, pages: int) -> Area:
         page = HUGE if kind.hugetlb else mmap.PAGESIZE
         length = pages * page
-        align = max(page, HUGE if length >= HUGE else page)
         if kind.hugetlb:
             # Twice: a fork of private memory, or a second mapping, may want a page of its own.
             self.backend.hugepages(2 * pages)
@@ -297,10 +297,10 @@ class Process:
         flags = MAP_FIXED | (MAP_SHARED if kind.shared else MAP_PRIVATE)
         if fd < 0:
             flags |= MAP_ANONYMOUS
-        start = self.map(length, PROT_READ | PROT_WRITE, flags, theirs, at=self.room(length, align))
+        start = self.map(length, PROT_READ | PROT_WRITE, flags, theirs, at=self.room(length, HUGE))
         alias = None
         if kind.shared:
-            alias = self.map(length, PROT_READ | PROT_WRITE, flags, theirs, at=self.room(length, align))
+            alias = self.map(length, PROT_READ | PROT_WRITE, flags, theirs, at=self.room(length, HUGE))
         if fd >= 0:
             os.close(fd)
         return Area(kind, start, length, page, alias)
@@ -473,6 +473,15 @@ class KernelBackend:
                 return
             time.sleep(0.01)
         raise Unavailable(f"MADV_PAGEOUT left pages in memory for {SECONDS} seconds")
+
+    def merging(self) -> contextlib.AbstractContextManager[None]:
+        return kernel_settings.changed(kernel_settings.MERGING)
+
+    def folio_sizes(self, kind: Kind) -> list[int]:
+        return kernel_settings.folio_sizes(shared=kind.shared)
+
+    def folios(self, kind: Kind, size: int) -> contextlib.AbstractContextManager[None]:
+        return kernel_settings.changed(kernel_settings.folio_setting(size, shared=kind.shared))
 
     def merged(self, process: Any, area: Area, *, wait: bool = True) -> bool:
         deadline = time.monotonic() + (SECONDS if wait else 0)

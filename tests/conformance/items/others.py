@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-
 from conformance.backend import (
     HUGE,
     MADV_GUARD_INSTALL,
@@ -83,32 +79,12 @@ def a_guard_page_raises_sigsegv_and_no_message(backend: Backend, kind: Kind) -> 
     assert running.result().value == 6
 
 
-KSM = Path("/sys/kernel/mm/ksm")
-
-
-@contextlib.contextmanager
-def merging() -> Iterator[None]:
-    """The kernel's page merging is on; its settings are put back."""
-    settings = {"sleep_millisecs": "0", "pages_to_scan": "4000", "run": "1"}
-    try:
-        before = {name: (KSM / name).read_text() for name in settings}
-        for name, value in settings.items():
-            (KSM / name).write_text(value)
-    except OSError as error:
-        raise Unavailable(f"page merging cannot be switched on ({KSM}/run): {error.strerror}") from None
-    try:
-        yield
-    finally:
-        for name in settings:
-            (KSM / name).write_text(before[name])
-
-
 @item("ksm_functional_tests", Kind.ANON)
 def merged_pages_come_apart_under_write_protection(backend: Backend, kind: Kind) -> None:
     process = backend.process()
     area = process.area(kind, 64)
     process.main.write(area.start, b"\x5a" * area.length).result()
-    with merging():
+    with backend.merging():
         assert process.main.madvise(area.start, area.length, MADV_MERGEABLE).result() == 0
         if not backend.merged(process, area):
             raise Unavailable("the kernel merged no page in time")

@@ -70,9 +70,29 @@ def a_moved_page_that_was_paged_out_is_unprotected(backend: Backend, kind: Kind)
 
 @item("wp-mremap.thp", Kind.THP, Kind.SHMEM)
 def a_moved_huge_page_is_unprotected(backend: Backend, kind: Kind) -> None:
-    # 2 MiB, the size that is there wherever huge pages are; smaller ones are off unless an administrator
-    # switches them on.
     moved_unprotected(fresh(backend, kind, HUGE // 4096, huge=True))
+
+
+@item("wp-mremap.thp-smaller", Kind.THP, Kind.SHMEM)
+def a_moved_folio_of_any_size_is_unprotected(backend: Backend, kind: Kind) -> None:
+    sizes = backend.folio_sizes(kind)
+    if not sizes:
+        raise Unavailable("this kernel has no folios between a page and 2 MiB")
+    for size in sizes:
+        process = backend.process()
+        # Not longer than the folio, or the kernel would rather give one of 2 MiB.
+        area = process.area(kind, size // 4096)
+        with backend.folios(kind, size):
+            assert process.main.madvise(area.start, area.length, MADV_HUGEPAGE).result() == 0
+            store(process, area.start, 7)
+        if not all(process.entry(address).present for address in area.pages):
+            # One touch maps a whole folio.
+            raise Unavailable(f"the kernel gave no folio of {size >> 10} KiB")
+        uffd = process.userfaultfd()
+        done(uffd.register(area.start, area.length, WP))
+        done(uffd.writeprotect(area.start, area.length, PROTECT))
+        assert all(process.entry(address).uffd_wp for address in area.pages)
+        moved_unprotected(Setting(process, uffd, area))
 
 
 @item("wp-mremap.thp-swapped", Kind.THP, Kind.SHMEM)

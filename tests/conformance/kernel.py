@@ -348,9 +348,14 @@ class Process:
     def scan(self, start: int, end: int, *, flags: int = 0, any_of: int, report: int) -> list[PageRegion]:
         if not self.backend.uffds:
             self.userfaultfd()
-        scan = self.backend.uffds[0].pagemap_scan(
-            start, end, flags=flags, category_anyof_mask=any_of, return_mask=report, pid=self.pid
-        )
+        try:
+            scan = self.backend.uffds[0].pagemap_scan(
+                start, end, flags=flags, category_anyof_mask=any_of, return_mask=report, pid=self.pid
+            )
+        except OSError as error:
+            if error.errno != errno.ENOTTY:
+                raise
+            raise Unavailable("this kernel has no PAGEMAP_SCAN (Linux 6.7)") from None
         assert scan.walk_end == end
         return scan.regions
 

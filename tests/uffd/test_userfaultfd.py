@@ -34,6 +34,12 @@ class Memory:
         return self.start + n * PAGE
 
 
+def needs(features: int) -> None:
+    lacking = abi.feature_names(features & ~offered_features())
+    if lacking:
+        pytest.skip(f"this kernel lacks {', '.join(lacking)}")
+
+
 @pytest.fixture
 def uffd() -> Iterator[Userfaultfd]:
     with Userfaultfd(prefer=(1 << 17) - 1 & ~(abi.UFFD_FEATURE_SIGBUS | abi.UFFD_FEATURE_WP_ASYNC)) as uffd:
@@ -58,6 +64,7 @@ def test_a_fill_tells_how_far_it_came_and_the_next_one_why_it_stopped(
 
 
 def test_every_call_answers_with_an_outcome(uffd: Userfaultfd, memory: Memory) -> None:
+    needs(abi.UFFD_FEATURE_POISON | abi.UFFD_FEATURE_MOVE)
     source = Memory(1)
     source.map[:3] = b"abc"
     answers = {
@@ -175,8 +182,7 @@ def test_the_menu_is_what_the_kernel_offers_and_features_what_was_asked_for() ->
 
 def tracked(pages: int) -> tuple[Memory, Userfaultfd]:
     """Memory under WP_ASYNC with every page there, all protected."""
-    if not offered_features() & abi.UFFD_FEATURE_WP_ASYNC:
-        pytest.skip("this kernel has no UFFD_FEATURE_WP_ASYNC (Linux 6.7)")
+    needs(abi.UFFD_FEATURE_WP_ASYNC)
     memory = Memory(pages)
     memory.map[:] = b"x" * memory.length
     uffd = Userfaultfd(abi.UFFD_FEATURE_WP_ASYNC)
@@ -249,6 +255,7 @@ def test_a_scan_with_a_category_turned_round_finds_the_others() -> None:
 def test_memory_that_is_not_tracked_is_an_error_when_the_scan_is_told_to_check(
     uffd: Userfaultfd, memory: Memory
 ) -> None:
+    needs(abi.UFFD_FEATURE_WP_ASYNC)
     flags = abi.PM_SCAN_WP_MATCHING | abi.PM_SCAN_CHECK_WPASYNC
     with pytest.raises(PermissionError):
         written(uffd, memory.start, memory.start + memory.length, flags)

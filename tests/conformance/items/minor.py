@@ -86,7 +86,9 @@ def a_second_continue_finds_the_page(backend: Backend, kind: Kind) -> None:
 
 @item("minor-wp", *CACHED)
 def continue_can_map_write_protected(backend: Backend, kind: Kind) -> None:
-    where = cached(backend, kind, MINOR | WP, abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM)
+    # No feature stands for CONTINUE_MODE_WP; WP_UNPOPULATED came with the same kernel, Linux 6.4.
+    features = abi.UFFD_FEATURE_WP_HUGETLBFS_SHMEM | abi.UFFD_FEATURE_WP_UNPOPULATED
+    where = cached(backend, kind, MINOR | WP, features)
     mode = abi.UFFDIO_CONTINUE_MODE_WP
     assert one_minor_fault_a_page(read_all(backend, where, mode), where)
     second_continue_is_refused(backend, where, mode)

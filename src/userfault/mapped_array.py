@@ -221,7 +221,8 @@ def over(
         )
     if nbytes == 0:
         # There is no memory to page, as in an empty list.
-        array = np.ndarray.__new__(cls, shape, dtype, order=order)
+        nothing: Any = b"" if mode == "r" else bytearray()
+        array = np.ndarray.__new__(cls, shape, dtype, nothing, order=order)
         array._region = None
     else:
         region, inside = _region(store, mode, offset, nbytes, options, scratch)

@@ -72,7 +72,9 @@ def open_memmap(
         raise ValueError("mode 'w+' creates the file anew: give the shape")
     path, name = _named(filename)
     kind = mappable(np.dtype(dtype))
-    sizes = as_shape(shape)
+    # NumPy makes dimensions of a type like (float, 3), and the file must say what the array is.
+    sizes = as_shape(shape) + kind.shape
+    kind = kind.base
     options = as_options(memory_limit, "auto")
     header = header_bytes(kind, sizes, bool(fortran_order), version)
     made = Header(kind, sizes, bool(fortran_order), version or (1, 0), len(header))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,10 +74,16 @@ def test_the_with_statement_closes(path: Path) -> None:
 
 
 def test_an_exception_in_the_body_is_not_hidden_by_living_arrays(path: Path) -> None:
-    with pytest.raises(KeyError), userfault.open(path, "r+") as region:
-        array = region.ndarray("u1")
-        array[0] = 9
-        raise KeyError
+    region = userfault.open(path, "r+")
+    array = region.ndarray("u1")
+
+    def body(array: np.ndarray[Any, Any]) -> None:
+        with region:
+            array[0] = 9
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        body(array)
     assert not region.closed
     assert path.read_bytes()[0] == 9, "what was written is flushed all the same"
     del array
@@ -117,14 +125,14 @@ def test_a_close_that_cannot_write_leaves_everything_as_it_was() -> None:
     memory = MemoryStore(5000)
     region = userfault.open(FaultyStore(memory, [fail("write", count=3)]), "r+")
     memoryview(region)[0] = 1
-    for _ in range(10):
-        try:
+    failed = 0
+    while not region.closed:
+        with contextlib.suppress(StoreError):
             region.close()
             break
-        except StoreError as error:
-            assert error.what == "write"
-            assert not region.closed
-            assert memoryview(region)[0] == 1
+        failed += 1
+        assert memoryview(region)[0] == 1
+    assert 1 <= failed <= 3
     assert region.closed
     assert memory.getvalue()[0] == 1
 
@@ -187,7 +195,13 @@ def test_os_exit_flushes_nothing_and_ends_at_once(path: Path, run_child: RunChil
 
 
 def test_a_touch_after_memmap_close_is_sigsegv(path: Path, run_child: RunChild) -> None:
-    code = "import sys, userfault\na = userfault.memmap(sys.argv[1])\na[0] = 9\nv = a[5:]\na.close()\nprint(v[0])"
+    code = """import sys, userfault
+a = userfault.memmap(sys.argv[1])
+a[0] = 9
+view = a[5:]
+a.close()
+view[0]
+"""
     done = run_child(code, str(path), check=False)
     assert done.status == -signal.SIGSEGV
     assert 'File "<string>", line 6' in done.stderr

@@ -69,6 +69,8 @@ class Context:
     """One userfaultfd."""
 
     __slots__ = (
+        "calls",
+        "closed",
         "events",
         "fault_pending",
         "faults",
@@ -91,6 +93,8 @@ class Context:
         self.initialized = False
         self.user_mode_only = user_mode_only
         self.released = False
+        self.closed = False
+        self.calls = 0
         self.mmap_changing = 0
         self.map_changing_lock = Lock(f"{self.name}'s map_changing_lock")
         self.fault_pending: list[FaultWait] = []

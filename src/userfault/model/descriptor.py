@@ -8,7 +8,6 @@ from userfault import abi
 from userfault.model.context import Context
 from userfault.model.errnos import EAGAIN, EBADF, EINTR, EINVAL, EMFILE, ENODEV, ESPIPE, SystemCallError
 from userfault.model.process import Descriptors, OpenFile
-from userfault.model.register import clear
 from userfault.model.step import Op, Sleep
 
 if TYPE_CHECKING:
@@ -96,38 +95,6 @@ def poll(file: OpenFile) -> int:
     if not ctx.initialized or not file.nonblock:
         return POLLERR
     return POLLIN if ctx.readable else 0
-
-
-def release(ctx: Context) -> Op[None]:
-    """The last descriptor is closed (userfaultfd_release): unregister, wake everybody [E11].
-
-    Sleepers go on into zero-filled or unprotected pages: silent data loss if the handler only died.
-    """
-    yield f"close {ctx.name}: mark it released"
-    ctx.released = True
-    mm = ctx.mm
-    if mm.alive:
-        yield from mm.mmap_lock.write(f"close {ctx.name}")
-        for vma in [vma for vma in mm.vmas if vma.uffd is ctx]:
-            if ctx.kernel.version >= (6, 18):
-                clear(mm, vma, vma.start, vma.end)
-            else:  # the bits stayed in present entries until 6.13 or so
-                _forget(ctx, vma)
-        if mm.vmas:
-            mm.merge(mm.vmas[0].start, mm.vmas[-1].end)
-        mm.mmap_lock.unwrite()
-    yield f"close {ctx.name}: wake everybody"
-    ctx.wake(0, 0)
-    ctx.events.clear()
-
-
-def _forget(ctx: Context, vma: object) -> None:
-    from userfault.model.vma import NO_MODES, Vma
-
-    assert isinstance(vma, Vma)
-    if vma.uffd is ctx:
-        vma.uffd = None
-        vma.modes = NO_MODES
 
 
 # What else can be tried on the descriptor [A1].

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from userfault.model.context import Context
-from userfault.model.descriptor import release
 from userfault.model.mm import AddressSpace
+from userfault.model.release import close_context
 from userfault.model.step import Op
 from userfault.model.zap import zap
 
@@ -51,4 +51,4 @@ def _close(process: Process, numbers: set[int]) -> Op[None]:
     for number in sorted(numbers):
         file = process.descriptors.remove(number)
         if file is not None and isinstance(file.target, Context):
-            yield from release(file.target)
+            yield from close_context(file.target)

@@ -27,6 +27,7 @@ from userfault.model.errnos import EAGAIN, EEXIST, EFAULT, EINTR, EINVAL, ENOENT
 from userfault.model.layout import HUGE_PAGE, PAGE
 from userfault.model.page import Page
 from userfault.model.pagetable import Marker, Present
+from userfault.model.release import begin_call, end_call
 from userfault.model.reply import Reply, range_is_valid, refused_before_handshake
 from userfault.model.step import Op
 
@@ -73,6 +74,19 @@ def fill_ioctl(
     work: Callable[[Fill], Op[int]],
 ) -> Op[Reply]:
     """The frame of every fill. `args` None: the argument cannot be read. `work` returns bytes or -errno."""
+    begin_call(ctx)
+    reply = yield from _fill_ioctl(ctx, name, args, valid, work)
+    yield from end_call(ctx)
+    return reply
+
+
+def _fill_ioctl(
+    ctx: Context,
+    name: str,
+    args: Fill | None,
+    valid: Callable[[Fill], bool],
+    work: Callable[[Fill], Op[int]],
+) -> Op[Reply]:
     refused = refused_before_handshake(ctx)
     if refused:
         return refused

@@ -210,20 +210,23 @@ def _guard_install(thread: Thread, mm: AddressSpace, vma: Vma, start: int, end: 
         _fail(mm, EINVAL)
     vma.anonymous_pages = True
 
-    def in_the_way() -> bool:
-        huge = any(type(pmd) is Present for _, _, pmd in mm.table.tables(start, end))
-        return huge or any(entry != GUARD_MARKER for _, entry in mm.table.ptes(start, end))
+    def install() -> bool:
+        for at in range(start, end, PAGE):
+            if type(mm.table.pmd(at)) is Present or mm.table.pte(at) not in (None, GUARD_MARKER):
+                return False
+            mm.table.pte_table_alloc(at)
+            mm.table.set_pte(at, GUARD_MARKER)
+        return True
 
-    while in_the_way():
+    def protected() -> bool:
+        return any(type(entry) is Marker and entry.uffd_wp for _, entry in mm.table.ptes(start, end))
+
+    while not install():
         yield "GUARD_INSTALL: zap what is in the way"
         zap(mm, vma, start, end)
-        if in_the_way():
-            yield Spin(
-                "GUARD_INSTALL repeats for ever: a write-protect marker survives every zap", in_the_way
-            )
-    for at in range(start, end, PAGE):
-        mm.table.pte_table_alloc(at)
-        mm.table.set_pte(at, GUARD_MARKER)
+        if protected():
+            install()
+            yield Spin("GUARD_INSTALL repeats for ever: a wp marker survives every zap", protected)
     vma.guarded = True
     mm.mmap_lock.unread()
 

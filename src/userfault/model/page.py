@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from userfault.model.content import Content
 from userfault.model.layout import PAGE
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from userfault.model.pagecache import File
 
 
+@final
 class Page:
     """One page: what it holds, who caches it, how often it is mapped.
 
@@ -23,9 +24,10 @@ class Page:
     held       references taken by somebody in passing; 0 whenever nothing runs (defect minor_leak)
     zero       the zero page, or the huge zero page: never written, never counted
     lazyfree   MADV_FREE said that it may be dropped
+    uptodate   it holds data; a page that fallocate(2) made is cached, but reads as a hole until it is used
     """
 
-    __slots__ = ("content", "exclusive", "file", "held", "lazyfree", "mapcount", "size", "zero")
+    __slots__ = ("content", "exclusive", "file", "held", "lazyfree", "mapcount", "size", "uptodate", "zero")
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class Page:
         self.mapcount = 0
         self.held = 0
         self.lazyfree = False
+        self.uptodate = True
 
     @property
     def anonymous(self) -> bool:
@@ -55,6 +58,7 @@ class Page:
         return f"Page({kind}, {self.content!r}, mapped {self.mapcount})"
 
 
+@final
 class SwapSlot:
     """A page that was written out to swap. `file`: a page of shmem rather than an anonymous one."""
 

@@ -53,7 +53,9 @@ class File:
             page = Page(found.content, self.page_size, self)
             self.pages[index] = page
             return page
-        return found  # type: ignore[return-value]  # a SwapSlot was dealt with above
+        if found is not None:
+            found.uptodate = True
+        return found
 
     def add(self, index: int, content: Content = ZERO) -> Page | None:
         """A new page for a hole, charged to the file; None: the pool or the file's limit is used up."""
@@ -62,6 +64,20 @@ class File:
         page = Page(content, self.page_size, self)
         self.pages[index] = page
         return page
+
+    def allocate(self, index: int) -> bool:
+        """fallocate(2) of one page: it is in the cache, but holds no data yet (hazards C8)."""
+        if index in self.pages:
+            return True
+        page = self.add(index)
+        if page is not None and self.kind == "shmem":
+            page.uptodate = False
+        return page is not None
+
+    def holds_data(self, index: int) -> bool:
+        """What lseek(SEEK_DATA) says about the page."""
+        found = self.pages.get(index)
+        return found is not None and (type(found) is SwapSlot or found.uptodate)
 
     def charge(self) -> bool:
         """Account one page to the file before it is there."""

@@ -36,6 +36,7 @@ from userfault.model.pagecache import File
 from userfault.model.pagemap import Scan, ScanReply, pagemap_scan
 from userfault.model.process import OpenFile
 from userfault.model.register import register, unregister
+from userfault.model.release import close_context
 from userfault.model.reply import Reply
 from userfault.model.step import Op, Sleep
 from userfault.model.wake import wake
@@ -274,7 +275,7 @@ class SystemCalls:
         yield "close"
         last = self.thread.process.descriptors.remove(fd)
         if last is not None and isinstance(last.target, Context):
-            yield from descriptor.release(last.target)
+            yield from close_context(last.target)
 
     def dup(self, fd: int) -> Op[int]:
         """dup(2)."""

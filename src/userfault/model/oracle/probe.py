@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from userfault import abi
 from userfault.model import access, handshake
 from userfault.model.context import Context
-from userfault.model.descriptor import poll, read, release
+from userfault.model.descriptor import poll, read
 from userfault.model.errnos import SystemCallError, errno_name
 from userfault.model.fill import Fill
 from userfault.model.fill_continue import continue_
@@ -27,6 +27,7 @@ from userfault.model.oracle.memory import ALIAS, DST, RTO, SRC, Memory
 from userfault.model.pagemap import Scan, pagemap_entry, pagemap_scan
 from userfault.model.process import OpenFile, Process
 from userfault.model.register import register, unregister
+from userfault.model.release import close_context
 from userfault.model.reply import Reply
 from userfault.model.scheduler import Scheduler
 from userfault.model.step import Op
@@ -214,7 +215,7 @@ class Probe:
     def close(self, number: int, process: Process | None = None) -> None:
         file = (process or self.process).descriptors.remove(number)
         if file is not None and isinstance(file.target, Context):
-            self.call(release(file.target))
+            self.call(close_context(file.target))
 
     # Memory.
 
@@ -343,7 +344,7 @@ class Probe:
         if cache and memory.file is not None:
             file = memory.file
             if not memory.huge:
-                cached = file.cached(offset // PAGE) and offset < file.size
+                cached = file.holds_data(offset // PAGE) and offset < file.size
                 seen["cache"] = int(cached)
                 if cached and cache == 1:
                     seen["cb"] = file.read(offset, 1)[0]

@@ -12,6 +12,7 @@ from userfault.model.oracle.sections import (
     handshakes,
     op,
     ranges,
+    vmops,
 )
 
 SECTIONS: Final[dict[str, Callable[[Probe, str, list[str]], None]]] = {
@@ -22,6 +23,8 @@ SECTIONS: Final[dict[str, Callable[[Probe, str, list[str]], None]]] = {
     "reregister": handshakes.run_reregister,
     "register_vma": handshakes.run_register_vma,
     "range": ranges.run,
+    "vmop": vmops.run,
+    "mmap_changing": vmops.run_changing,
     "bad": ranges.run,
 }
 """Scenarios by the first word of a row's id."""

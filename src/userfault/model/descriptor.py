@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from userfault import abi
 from userfault.model.context import Context
-from userfault.model.errnos import EAGAIN, EBADF, EINTR, EINVAL, EMFILE, ENODEV, ESPIPE, SystemCallError
+from userfault.model.errnos import (
+    EAGAIN,
+    EBADF,
+    EFAULT,
+    EINTR,
+    EINVAL,
+    EMFILE,
+    ENODEV,
+    ESPIPE,
+    SystemCallError,
+)
 from userfault.model.process import Descriptors, OpenFile
 from userfault.model.step import Op, Sleep
 
@@ -64,6 +75,22 @@ def read(thread: Thread, file: OpenFile, size: int) -> Op[list[abi.Message]]:
                 break
             raise
     return messages
+
+
+def readv(
+    thread: Thread, file: OpenFile, sizes: Sequence[int], *, writable: bool = True
+) -> Op[list[abi.Message]]:
+    """readv(2): messages run over the ends of vectors (before 6.10 a short one was EINVAL).
+
+    writable False: the memory cannot be written; the message is taken from the queue and lost [M6].
+    """
+    version = file.target.kernel.version
+    if version < (6, 10) and sizes[0] < MESSAGE:
+        raise SystemCallError(EINVAL)
+    if not writable:
+        yield from read(thread, file, MESSAGE)
+        raise SystemCallError(EFAULT)
+    return (yield from read(thread, file, sum(sizes)))
 
 
 def _take(thread: Thread, ctx: Context, file: OpenFile) -> abi.Message:

@@ -15,6 +15,7 @@ from userfault import abi
 from userfault.model.errnos import EFAULT, EINVAL, EPERM
 from userfault.model.layout import HUGE_PAGE, PAGE, PUD_SPAN, TASK_SIZE, round_up
 from userfault.model.pagetable import WP_MARKER, Entry, Marker, Present, PteTable
+from userfault.model.thp import split_pmd
 from userfault.model.writeprotect import protect, use_markers
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class _Walk:
                 base = self._vma_category(vma)
                 if base is None:
                     return EPERM
-                if vma.special or not self._interesting_vma(base):
+                if base < 0 or vma.special or not self._interesting_vma(base):
                     continue
                 if vma.hugetlb:
                     self._hugetlb(vma, low, high, base)
@@ -125,10 +126,12 @@ class _Walk:
         return 0
 
     def _vma_category(self, vma: Vma) -> int | None:
-        """pagemap_scan_test_walk."""
+        """pagemap_scan_test_walk. None: EPERM; -1: a VMA that cannot be protected is skipped in silence."""
         if vma.uffd is not None and vma.uffd.wp_async and use_markers(vma):
             return abi.PAGE_IS_WPALLOWED
-        return None if self.scan.flags & abi.PM_SCAN_CHECK_WPASYNC else 0
+        if self.scan.flags & abi.PM_SCAN_CHECK_WPASYNC:
+            return None
+        return -1 if self.protects else 0
 
     def _interesting_vma(self, category: int) -> bool:
         required = self.scan.category_mask & abi.PAGE_IS_WPALLOWED
@@ -140,30 +143,35 @@ class _Walk:
         mask, anyof = self.scan.category_mask, self.scan.category_anyof_mask
         return categories & mask == mask and (not anyof or bool(categories & anyof))
 
-    def _output(self, categories: int, start: int, end: int) -> int:
-        """pagemap_scan_output: report a run; returns where it was cut. Raises _Full at a limit."""
-        pages = min((end - start) // PAGE, self.limit - self.found)
-        cut = start + pages * PAGE
-        if pages == 0:
-            self.end_at = start
-            raise _Full
-        if self.scan.vec_len:
+    def _output(self, categories: int, start: int, end: int) -> tuple[int, bool]:
+        """pagemap_scan_output: report a run. Returns where it was cut, and whether a limit is reached."""
+        if not self.scan.vec_len:
+            return end, False
+        pages = (end - start) // PAGE
+        full = self.found + pages > self.limit
+        if full:
+            pages = self.limit - self.found
+            end = start + pages * PAGE
+        if end > start:
             shown = categories & self.scan.return_mask
             last = self.regions[-1] if self.regions else None
             if last is not None and last.end == start and last.categories == shown:
-                self.regions[-1] = abi.PageRegion(last.start, cut, shown)
+                self.regions[-1] = abi.PageRegion(last.start, end, shown)
             elif len(self.regions) == self.scan.vec_len:
-                self.end_at = start
-                raise _Full
+                end, pages, full = start, 0, True
             else:
-                self.regions.append(abi.PageRegion(start, cut, shown))
+                self.regions.append(abi.PageRegion(start, end, shown))
         self.found += pages
-        return cut
+        if full:
+            self.end_at = end
+        return end, full
 
-    def _stop_if_full(self, at: int) -> None:
-        if self.found == self.limit:
-            self.end_at = at
-            raise _Full
+    def _take_back(self, start: int, end: int) -> None:
+        """pagemap_scan_backout_range: the run that was reported last is not reported after all."""
+        last = self.regions.pop()
+        if last.start < start:
+            self.regions.append(abi.PageRegion(last.start, start, last.categories))
+        self.found -= (end - start) // PAGE
 
     def _small(self, vma: Vma, low: int, high: int, base: int) -> None:
         at = low
@@ -172,11 +180,11 @@ class _Walk:
             pmd = self.mm.table.pmd(at)
             if pmd is None:
                 self._hole(vma, at, upto, base)
-            elif type(pmd) is Present:
-                self._huge_page(vma, at, upto, base, pmd)
-            else:
-                assert type(pmd) is PteTable
+            elif type(pmd) is PteTable:
                 self._table(vma, at, upto, base, pmd)
+            else:
+                assert type(pmd) is Present
+                self._huge_page(vma, at, upto, base, pmd)
             at = upto
 
     def _hole(self, vma: Vma, low: int, high: int, base: int) -> None:
@@ -184,11 +192,11 @@ class _Walk:
         categories = base | self._none_category(vma)
         if not self._interesting(categories):
             return
-        cut = self._output(categories, low, high)
+        cut, full = self._output(categories, low, high)
         if self.protects and cut > low:
             protect(self.mm, vma, low, cut, True)
-        if cut < high:
-            self._stop_if_full(cut)
+        if full:
+            raise _Full
 
     def _none_category(self, vma: Vma) -> int:
         """What an entry without a table counts as: it was never protected, so a W range calls it written."""
@@ -201,11 +209,20 @@ class _Walk:
         categories = base | _categories(pmd) | abi.PAGE_IS_HUGE
         if not self._interesting(categories):
             return
-        cut = self._output(categories, low, high)
-        if self.protects and categories & abi.PAGE_IS_WRITTEN:
+        cut, full = self._output(categories, low, high)
+        if cut > low and self.protects and categories & abi.PAGE_IS_WRITTEN:
+            if cut - low < HUGE_PAGE:
+                split_pmd(self.mm, vma, low)
+                if self.scan.vec_len:
+                    self._take_back(low, cut)
+                self.end_at = 0
+                table = self.mm.table.pte_table(low)
+                assert table is not None
+                self._table(vma, low, high, base, table)
+                return
             protect(self.mm, vma, low, cut, True)
-        if cut < high:
-            self._stop_if_full(cut)
+        if full:
+            raise _Full
 
     def _table(self, vma: Vma, low: int, high: int, base: int, table: PteTable) -> None:
         scan = self.scan
@@ -224,7 +241,9 @@ class _Walk:
                 categories = base | self._entry_categories(entry)
                 if not self._interesting(categories):
                     continue
-            self._output(categories, at, at + PAGE)
+            cut, _ = self._output(categories, at, at + PAGE)
+            if cut == at:
+                raise _Full
             if self.protects and categories & abi.PAGE_IS_WRITTEN:
                 _protect_entry(self.mm, vma, at, entry)
 
@@ -234,18 +253,13 @@ class _Walk:
         return _categories(entry)
 
     def _hugetlb(self, vma: Vma, low: int, high: int, base: int) -> None:
-        """pagemap_scan_hugetlb_entry: whole pages of 2 MiB or nothing; a hole gets no marker [S5]."""
+        """pagemap_scan_hugetlb_entry: a hole gets no marker; a part of a page cannot be protected, and then
+        the walk goes on without it [S5]."""
         at = low
         while at < high:
-            table = self.mm.table.pmd_table(at)
-            if table is None:
+            if self.mm.table.pmd_table(at) is None:
                 upto = min((at // PUD_SPAN + 1) * PUD_SPAN, high)
-                if self._interesting(base):
-                    cut = self._output(base, at, upto)
-                    if self.protects:
-                        protect(self.mm, vma, at, cut, True)
-                    if cut < upto:
-                        self._stop_if_full(cut)
+                self._hole_of_hugetlb(vma, at, upto, base)
                 at = upto
                 continue
             upto = min((at // HUGE_PAGE + 1) * HUGE_PAGE, high)
@@ -253,13 +267,26 @@ class _Walk:
             assert type(entry) is not PteTable
             categories = base | abi.PAGE_IS_HUGE | (0 if entry is None else _categories(entry))
             if self._interesting(categories):
-                if (upto - at) // PAGE > self.limit - self.found:
-                    self.end_at = at  # a part of a page cannot be reported: nothing happens to it
+                cut, full = self._output(categories, at, upto)
+                if cut > at and self.protects and categories & abi.PAGE_IS_WRITTEN:
+                    if cut - at < HUGE_PAGE:
+                        if self.scan.vec_len:
+                            self._take_back(at, cut)
+                        self.end_at, full = at, False
+                    else:
+                        protect(self.mm, vma, at, upto, True)
+                if full:
                     raise _Full
-                self._output(categories, at, upto)
-                if self.protects and categories & abi.PAGE_IS_WRITTEN and entry is not None:
-                    protect(self.mm, vma, at, upto, True)
             at = upto
+
+    def _hole_of_hugetlb(self, vma: Vma, low: int, high: int, base: int) -> None:
+        if not self._interesting(base):
+            return
+        cut, full = self._output(base, low, high)
+        if self.protects and cut > low:
+            protect(self.mm, vma, low, cut, True)
+        if full:
+            raise _Full
 
 
 def _protect_entry(mm: AddressSpace, vma: Vma, at: int, entry: Entry | None) -> None:

@@ -84,7 +84,7 @@ class Thread:
     @property
     def state(self) -> str:
         """The letter /proc shows: R, S (sleeping) or D (waiting without listening to signals)."""
-        if self.program is None or isinstance(self.next, str) or self.next.ready():
+        if self.program is None or self.runnable or isinstance(self.next, str):
             return "R"
         return self.next.state
 

@@ -10,9 +10,11 @@ from userfault.model.oracle.probe import Died, Probe
 from userfault.model.oracle.sections import (
     Unsupported,
     handshakes,
+    lives,
     op,
     ranges,
     vmops,
+    wakes,
 )
 
 SECTIONS: Final[dict[str, Callable[[Probe, str, list[str]], None]]] = {
@@ -24,6 +26,11 @@ SECTIONS: Final[dict[str, Callable[[Probe, str, list[str]], None]]] = {
     "register_vma": handshakes.run_register_vma,
     "range": ranges.run,
     "vmop": vmops.run,
+    "lifecycle": lives.run,
+    "wp_async": lives.run_async,
+    "wake": wakes.run,
+    "read": wakes.run,
+    "poll": wakes.run,
     "mmap_changing": vmops.run_changing,
     "bad": ranges.run,
 }
@@ -49,5 +56,8 @@ def replay(row_id: str, version: str) -> dict[str, Any] | None:
 
 def disagreements(row: dict[str, Any], version: str) -> list[str] | None:
     """How the model differs from a measured row; empty: it agrees; None: unsupported."""
-    shown = replay(row["id"], version)
+    try:
+        shown = replay(row["id"], version)
+    except Exception as error:
+        return [f"the model failed: {type(error).__name__}: {error}"]
     return None if shown is None else differences(row, shown)

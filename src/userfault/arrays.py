@@ -65,7 +65,7 @@ def empty(
     pages: Literal["auto", "4KiB", "2MiB"] = "auto",
     memory_limit: Size | None = None,
 ) -> NDArray[Any]:
-    """As `zeros`, for code that writes every element before it reads it: here they are zeros all the same."""
+    """An array of this shape for code that writes every element before it reads it; as `zeros`, zeros included."""
     return zeros(shape, dtype, order, scratch=scratch, pages=pages, memory_limit=memory_limit)
 
 
@@ -110,8 +110,8 @@ class Arena:
     """Many small arrays on one region: one scratch file and a few mappings for all of them.
 
     `nbytes` (bytes or text such as "8GiB") is the room for all its arrays together; none of it is memory
-    before it is touched. Arrays are laid one behind the other; what is dropped is not used again. The arena's memory
-    lives until the arena and the last of its arrays are gone. `scratch` and `pages` are those of
+    before it is touched. Arrays are laid one behind the other; what is dropped is not used again. The
+    arena's memory lives until the arena and the last of its arrays are gone. `scratch` and `pages` are those of
     `userfault.zeros`, `name` is what messages call it.
 
     Raises ValueError for what is no size, and what `userfault.zeros` raises.
@@ -153,11 +153,12 @@ class Arena:
         if nbytes == 0:
             return np.zeros(sizes, kind, order)
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        if start + nbytes > len(self._region):
-            left = max(0, len(self._region) - start)
+        room = len(self._region)
+        if start + nbytes > room:
+            left = max(0, room - start)
             raise MemoryError(
-                f"an array of {nbytes} bytes does not fit into the arena: {left} of its {len(self._region)} bytes "
-                "are left; make a larger arena"
+                f"an array of {nbytes} bytes does not fit into the arena: {left} of its {room} bytes are left; "
+                "make a larger arena"
             )
         self._used = start + nbytes
         return self._region.ndarray(kind, sizes, order, start)

@@ -134,7 +134,7 @@ def test_load_of_a_file_that_is_written_elsewhere_in_this_process_may_join(tmp_p
 
 @pytest.mark.parametrize(
     ("mode", "message"),
-    [("w+", "open_memmap"), (None, "numpy.load"), ("c", "not there yet"), ("x", "one of")],
+    [("w+", "open_memmap"), (None, "numpy.load"), ("x", "one of")],
 )
 def test_load_knows_two_modes(tmp_path: Path, mode: Any, message: str) -> None:
     path = tmp_path / "a.npy"

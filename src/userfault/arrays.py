@@ -65,7 +65,10 @@ def empty(
     pages: Literal["auto", "4KiB", "2MiB"] = "auto",
     memory_limit: Size | None = None,
 ) -> NDArray[Any]:
-    """An array of this shape for code that writes every element before it reads it; as `zeros`, zeros included."""
+    """As `zeros`, of the same shape, for code that writes every element before it reads it.
+
+    Elements that nobody has written are zeros.
+    """
     return zeros(shape, dtype, order, scratch=scratch, pages=pages, memory_limit=memory_limit)
 
 
@@ -109,10 +112,10 @@ def _region(
 class Arena:
     """Many small arrays on one region: one scratch file and a few mappings for all of them.
 
-    `nbytes` (bytes or text such as "8GiB") is the room for all its arrays together; none of it is memory
-    before it is touched. Arrays are laid one behind the other; what is dropped is not used again. The
-    arena's memory lives until the arena and the last of its arrays are gone. `scratch` and `pages` are those of
-    `userfault.zeros`, `name` is what messages call it.
+    `nbytes` (bytes or text such as "8GiB") is the room for all its arrays together; none of it is
+    memory before it is touched. Arrays are laid one behind the other; what is dropped is not used again.
+    The arena's memory lives until the arena and the last of its arrays are gone. `scratch` and `pages` are
+    those of `userfault.zeros`, `name` is what messages call it.
 
     Raises ValueError for what is no size, and what `userfault.zeros` raises.
     """
@@ -157,7 +160,7 @@ class Arena:
         if start + nbytes > room:
             left = max(0, room - start)
             raise MemoryError(
-                f"an array of {nbytes} bytes does not fit into the arena: {left} of its {room} bytes are left; "
+                f"an array of {nbytes} bytes does not fit: {left} of the arena's {room} bytes are left; "
                 "make a larger arena"
             )
         self._used = start + nbytes

@@ -77,6 +77,7 @@ impl Body {
         } else {
             0
         };
+        let pages_per_block = plan.block / plan.memory.page();
         Body {
             id: plan.id,
             generation: fork::generation(),
@@ -90,7 +91,12 @@ impl Body {
             memory: plan.memory,
             block: plan.block,
             own_pool: plan.own_pool,
-            table: Mutex::new(Table::new(blocks, pages, (HUGE / plan.block).max(1))),
+            table: Mutex::new(Table::new(
+                blocks,
+                pages,
+                (HUGE / plan.block).max(1),
+                pages_per_block,
+            )),
             changed: Condvar::new(),
             counters: Counters::new(),
         }

@@ -58,6 +58,8 @@ pub(crate) struct Engine {
     /// Counts of regions that are gone.
     pub(crate) past: Counters,
     hung: AtomicUsize,
+    /// The debug option: clean blocks are hashed.
+    pub(crate) hashing: bool,
     pub(crate) tickets: AtomicU64,
     epoch: Instant,
 }
@@ -137,6 +139,7 @@ impl Engine {
             drain: Drain::default(),
             past: Counters::new(),
             hung: AtomicUsize::new(0),
+            hashing: crate::watch::asked_for(),
             tickets: AtomicU64::new(1),
             epoch: Instant::now(),
         })

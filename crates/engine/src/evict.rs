@@ -99,6 +99,7 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         }
         runs.remove(0);
     }
+    engine.check_content(body, block);
     body.memory
         .punch(start, len)
         .expect("punching the region's own memory");

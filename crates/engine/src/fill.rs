@@ -400,6 +400,7 @@ impl Engine {
         let (body, block) = (&filling.body, filling.block);
         let start = body.start(block);
         if body.read_store(start, buffer, true)? {
+            self.note_content(body, block, buffer);
             return Ok(true);
         }
         lead.give_up();
@@ -407,11 +408,12 @@ impl Engine {
             .clock
             .watch(self, body, block, filling.began + body.retry_for);
         let read = body.read_store(start, buffer, false);
-        if watch.end(body) {
-            read.map(|_| true)
-        } else {
-            Ok(false)
+        if !watch.end(body) {
+            return Ok(false);
         }
+        read?;
+        self.note_content(body, block, buffer);
+        Ok(true)
     }
 
     /// A read that was given up has come back: its memory may be used again.

@@ -15,6 +15,7 @@
 //! | `clock`, `poison` | deadlines, and blocks that could not be had |
 //! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
+//! | `watch` | the debug option: no write is missed |
 //! | `fork`, `signals` | what a child gets; threads without signals |
 //!
 //! # Locks
@@ -58,6 +59,7 @@ mod signals;
 mod staging;
 mod stats;
 mod table;
+mod watch;
 mod workers;
 
 use std::sync::Arc;

@@ -60,6 +60,9 @@ pub struct Table {
     /// Blocks whose memory a hung read may still write to.
     pub(crate) hung: HashMap<u32, u64>,
     pub(crate) errors: Vec<BlockError>,
+    /// With the debug option: hashes of blocks as they were mapped, for those that are not dirty.
+    pub(crate) hashes: HashMap<u32, u64>,
+    pages_per_block: usize,
     /// The write-back error that the next flush or close raises.
     pub(crate) pending: Option<Error>,
     /// Threads that sleep until some block changes state.
@@ -78,7 +81,12 @@ pub struct Table {
 }
 
 impl Table {
-    pub(crate) fn new(blocks: usize, pages: usize, blocks_per_span: usize) -> Table {
+    pub(crate) fn new(
+        blocks: usize,
+        pages: usize,
+        blocks_per_span: usize,
+        pages_per_block: usize,
+    ) -> Table {
         Table {
             spans: vec![0; blocks.div_ceil(blocks_per_span)],
             blocks_per_span,
@@ -92,6 +100,8 @@ impl Table {
             reads: HashMap::new(),
             hung: HashMap::new(),
             errors: Vec::new(),
+            hashes: HashMap::new(),
+            pages_per_block,
             pending: None,
             sleepers: 0,
             resident: 0,
@@ -221,6 +231,12 @@ impl Table {
 
     /// ORs a harvest of evidence into the map of every consumer.
     pub(crate) fn mark_dirty(&mut self, pages: Range<usize>) {
+        if !self.hashes.is_empty() && !pages.is_empty() {
+            for block in pages.start / self.pages_per_block..=(pages.end - 1) / self.pages_per_block
+            {
+                self.hashes.remove(&(block as u32));
+            }
+        }
         self.home.insert(pages);
     }
 }

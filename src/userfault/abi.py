@@ -9,7 +9,6 @@ every number, size and offset with the Rust side and with the machine's own kern
 from __future__ import annotations
 
 import ctypes
-import errno as _errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -288,6 +287,10 @@ def feature_names(mask: int) -> list[str]:
 # Results -------------------------------------------------------------------------------------------------
 
 
+# Linux's number, also where the model runs on another system, whose errno module has others.
+_EAGAIN: Final = 11
+
+
 class Outcome(NamedTuple):
     """The exact result of one ioctl.
 
@@ -318,7 +321,7 @@ class Outcome(NamedTuple):
     @property
     def event_pending(self) -> bool:
         """True if the call was refused because an event is unread."""
-        return self.errno == _errno.EAGAIN and self.done == 0
+        return self.errno == _EAGAIN and self.done == 0
 
     def check(self) -> int:
         """Returns ``done``, or raises :class:`OSError` with the errno if the call failed."""

@@ -28,8 +28,6 @@ intersphinx_mapping = (
     else {}
 )
 
-# A part of the documentation may have no page yet.
-suppress_warnings = ["toc.empty_glob"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"userfault {release}"

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import userfault
-
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -34,8 +32,6 @@ def test_the_readme_has_three_examples() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=name)
 def test_the_examples_of_a_page_run(page: Path, run_child, tmp_path: Path) -> None:
-    if not hasattr(userfault, "open"):
-        pytest.skip("the package has no userfault.open yet")
     program = tmp_path / "examples.py"
     program.write_text("\n".join(examples(page)))
     folder = tmp_path / "here"

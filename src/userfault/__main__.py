@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,6 +36,30 @@ def doctor(
     typer.echo(json_of(findings) if as_json else as_text(findings))
     if not usable(findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def tour(
+    file: Annotated[
+        Path | None, typer.Option("--file", help="A file of yours, to be read; without it one is made.")
+    ] = None,
+    size: Annotated[str, typer.Option("--size", help="Of the file that is made.")] = "512MiB",
+    limit: Annotated[str, typer.Option("--limit", help="Memory that the program may use.")] = "128MiB",
+) -> None:
+    """Watch NumPy work on a file several times larger than the memory it may use.
+
+    The exit status is 0 if every result was right, else 1.
+    """
+    from userfault.sizes import parse_size
+    from userfault.tour import tour as take
+
+    try:
+        status = take(file, size=parse_size(size, "--size"), limit=parse_size(limit, "--limit"))
+    except (OSError, ValueError) as error:
+        typer.echo(f"userfault tour: {error}", err=True)
+        raise typer.Exit(2) from None
+    if status:
+        raise typer.Exit(status)
 
 
 def main() -> None:

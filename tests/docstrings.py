@@ -1,9 +1,9 @@
 """What a docstring has to say, in a form that a machine can check.
 
 A public function says what it does in a first sentence that ends with a full stop; the unit of the sizes and
-times it takes ("byte", "page" or "block"; "second"); the shape of arrays; and it names each error that its
-own body raises. Names that begin with an underscore, dunder methods, overloads and methods that override a
-documented one of the same file are left alone.
+times it takes ("byte", "page" or "block"; "second"); the shape of arrays, unless it takes one by that name;
+and it names each error that its own body raises. Names that begin with an underscore, dunder methods and
+overloads are left alone; a method that overrides a documented one need not say it again.
 """
 
 from __future__ import annotations
@@ -31,22 +31,19 @@ class Definition:
     def with_docstring(self, docstring: str | None) -> Definition:
         return dataclasses.replace(self, docstring=docstring)
 
+    def or_inherited(self, docstring: str | None) -> Definition:
+        return self if self.docstring else self.with_docstring(docstring)
+
 
 def public_definitions(tree: ast.Module, *, stub: bool = False) -> Iterator[Definition]:
     """Classes, functions, and the methods of classes, by dotted name."""
-    bases = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and public(node, stub):
             yield function(node, node.name)
         elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             yield Definition(node.name, ast.get_docstring(node))
-            inherited = documented_in_bases(node, bases)
             for member in node.body:
-                if (
-                    isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef)
-                    and public(member, stub)
-                    and member.name not in inherited
-                ):
+                if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef) and public(member, stub):
                     yield function(member, f"{node.name}.{member.name}")
 
 
@@ -58,20 +55,6 @@ def public(node: ast.FunctionDef | ast.AsyncFunctionDef, stub: bool) -> bool:
         return False
     # A stub has nothing but signatures, and its __init__ or __new__ is documented by the class.
     return not node.name.startswith("_")
-
-
-def documented_in_bases(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> set[str]:
-    found: set[str] = set()
-    for base in node.bases:
-        parent = classes.get(ast.unparse(base).partition("[")[0])
-        if parent is not None:
-            found |= documented_in_bases(parent, classes)
-            found |= {
-                member.name
-                for member in parent.body
-                if isinstance(member, ast.FunctionDef) and ast.get_docstring(member)
-            }
-    return found
 
 
 def function(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Definition:
@@ -105,20 +88,20 @@ def raised(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
 
 
 def complaints(definition: Definition, *, whole: bool) -> list[str]:
-    """What is missing from a docstring; with `whole`, units and shapes count."""
+    """What is missing from a docstring; with `whole`, errors, units and shapes count."""
     text = definition.docstring
     if not text:
         return [f"{definition.name} has no docstring"]
     found = []
     if not re.search(r"[.:!?)`]$", text.strip().split("\n\n")[0].strip()):
         found.append(f"{definition.name}: the first sentence of the docstring has no end")
+    if not whole:
+        return found
     found += [
         f"{definition.name} raises {name} and does not say so"
         for name in sorted(definition.raises)
         if name not in text
     ]
-    if not whole:
-        return found
     numbers = {
         name
         for name, kind in definition.parameters.items()
@@ -131,6 +114,10 @@ def complaints(definition: Definition, *, whole: bool) -> list[str]:
     arrays = ARRAYS.search(definition.returns) or any(
         ARRAYS.search(kind) for kind in definition.parameters.values()
     )
-    if arrays and not re.search(r"\b(shapes?|dimension|one-dimensional|flat)\b", text):
+    if (
+        arrays
+        and "shape" not in definition.parameters
+        and not re.search(r"\b(shapes?|dimension|one-dimensional|flat)\b", text)
+    ):
         found.append(f"{definition.name}: arrays have a shape")
     return found

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -227,8 +230,15 @@ def test_every_public_name_is_documented(path: Path) -> None:
     whole = "model" not in path.relative_to(PACKAGE).parts
     found = [] if ast.get_docstring(tree) else ["the module has no docstring"]
     for definition in public_definitions(tree):
-        found += complaints(definition, whole=whole)
+        found += complaints(definition.or_inherited(inherited(path, definition.name)), whole=whole)
     assert found == []
+
+
+def inherited(path: Path, name: str) -> str | None:
+    """The docstring of the method that a method overrides, wherever its class stands."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    module = importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return inspect.getdoc(functools.reduce(getattr, name.split("."), module)) if "." in name else None
 
 
 def test_every_name_of_the_compiled_part_is_documented() -> None:

@@ -29,13 +29,14 @@ def _fault(placement: str, where: str) -> Comparison:
         title=f"One 4 KiB fault, {where}",
         text=(
             "Median time of a touch of an absent page, 16,384 pages in random order, nothing evicted. The "
-            "floor copies a hot page and does nothing else; userfault reads its store, a file in tmpfs, too."
+            "bare floor copies a hot page and does nothing else; the others read a file in tmpfs."
         ),
         workload=("fault", "--placement", placement, *_sizes(length=length, limit=2 * length, block=4096)),
         unit="us",
         better="less",
         contestants=(
             Contestant("bare C handler thread", "floor", _memory("c-handler")),
+            Contestant("C handler thread with pread", "floor", _memory("c-handler:file")),
             *((Contestant("bare C signal handler", "floor", _memory("c-signal")),) if inline else ()),
             Contestant("umap", "rival", _memory("umap")),
             Contestant("userfault, threads", "subject", _memory("userfault:4KiB")),

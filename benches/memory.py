@@ -53,8 +53,10 @@ def memory(
 def _c_handler(
     variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
 ) -> Iterator[Memory]:
+    """Variant "file": the handler reads each page from the file first."""
     address = ctypes.c_void_p()
-    _check(library("handler_thread").handler_thread_map(ctypes.c_size_t(length), -1, ctypes.byref(address)))
+    fd = os.open(path, os.O_RDONLY) if variant == "file" and path else -1
+    _check(library("handler_thread").handler_thread_map(ctypes.c_size_t(length), fd, ctypes.byref(address)))
     yield Memory(address.value or 0, length)
 
 

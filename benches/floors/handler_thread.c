@@ -1,14 +1,14 @@
 /* The floor under `fault="threads"`: memory whose missing pages a bare handler thread brings.
  *
  * One thread blocks in read(2) on the userfaultfd, answers with UFFDIO_COPY of a page that is hot in its cache,
- * and does nothing else. No engine can be faster than this in the same placement of threads.
+ * and does nothing else. No engine can be faster than this in the same placement of threads. With a file it reads
+ * the page from there first, as whoever pages a file has to.
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -19,6 +19,8 @@
 static int uffd = -1;
 static long page;
 static void *hot;
+static char *base;
+static int file = -1;
 
 static void *handler(void *unused)
 {
@@ -30,15 +32,18 @@ static void *handler(void *unused)
             .src = (uintptr_t)hot,
             .len = page,
         };
+        if (file >= 0 && pread(file, hot, page, copy.dst - (uintptr_t)base) != page)
+            _exit(70);
         ioctl(uffd, UFFDIO_COPY, &copy);
     }
     return NULL;
 }
 
 /* Memory of `length` bytes, none of it present. 0 or an errno; the address goes to `*address`.
- * `cpu` is where the handler runs, -1 for anywhere. */
-int handler_thread_map(size_t length, int cpu, void **address)
+ * `fd` is the file that the pages come from, -1 for none. */
+int handler_thread_map(size_t length, int fd, void **address)
 {
+    file = fd;
     page = sysconf(_SC_PAGESIZE);
     uffd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
     if (uffd < 0)
@@ -60,16 +65,11 @@ int handler_thread_map(size_t length, int cpu, void **address)
     };
     if (ioctl(uffd, UFFDIO_REGISTER, &registration))
         return errno;
+    base = memory;
     pthread_t thread;
     int failed = pthread_create(&thread, NULL, handler, NULL);
     if (failed)
         return failed;
-    if (cpu >= 0) {
-        cpu_set_t one;
-        CPU_ZERO(&one);
-        CPU_SET(cpu, &one);
-        pthread_setaffinity_np(thread, sizeof one, &one);
-    }
     *address = memory;
     return 0;
 }

@@ -104,12 +104,12 @@ def _missing_page(mm: AddressSpace, vma: Vma, address: int, write: bool, marker:
 def _anonymous_page(mm: AddressSpace, vma: Vma, address: int, write: bool, protect: bool) -> Verdict:
     """do_anonymous_page: the zero page for a read, a zeroed page for a write; MISSING asks first."""
     mm.table.pte_table_alloc(address)
+    vma.anonymous_pages |= write
     if vma.modes.missing:
         return MISSING
     if not write:
         mm.table.set_pte(address, Present(mm.kernel.zero_page, write=False, uffd_wp=protect))
         return DONE
-    vma.anonymous_pages = True
     page = Page(ZERO, exclusive=True)
     mm.table.set_pte(address, Present(page, write=not protect, uffd_wp=protect))
     return RETRY if protect else DONE
@@ -126,6 +126,7 @@ def _file_page(mm: AddressSpace, vma: Vma, address: int, write: bool, protect: b
     if vma.beyond_end_of_file(address):
         return Verdict.SIGBUS
     index = vma.index(address)
+    vma.anonymous_pages |= write and not vma.shared
     if file.cached(index):
         if vma.modes.minor:
             if "minor_leak" in mm.kernel.defects:  # history.md 7: the looked-up page was not given back
@@ -139,7 +140,6 @@ def _file_page(mm: AddressSpace, vma: Vma, address: int, write: bool, protect: b
     if page is None:
         return Verdict.SIGBUS
     if write and not vma.shared:  # do_cow_fault: the cache gets its page, the writer a private copy
-        vma.anonymous_pages = True
         page = Page(page.content, exclusive=True)
         writable = True
     else:

@@ -122,6 +122,8 @@ def fill_range(thread: Thread, ctx: Context, filler: Filler, args: Fill) -> Op[i
         if vma is None:
             mm.mmap_lock.unread()
             return done or -ENOENT
+        if not vma.shared:
+            vma.anonymous_pages = True  # anon_vma_prepare, whatever the fill then does
         yield from ctx.map_changing_lock.read(filler.name)  # 6.8; before, mmap_lock did both
         error = _cannot_fill(ctx, filler, vma, args)
         unread_source = False

@@ -7,13 +7,14 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use userfault_store::Store;
 
 use crate::block::State;
 use crate::error::Error;
 use crate::memory::{HUGE, Kind, Memory};
 use crate::pool::{Pool, Seat};
+use crate::readahead::{Advice, Walks};
 use crate::stats::Counters;
 use crate::table::Table;
 use crate::{Access, OnError, fork};
@@ -43,6 +44,8 @@ pub(crate) struct Body {
     table: Mutex<Table>,
     changed: Condvar,
     pub(crate) counters: Counters,
+    pub(crate) walks: Mutex<Walks>,
+    advice: RwLock<Vec<(Range<u32>, Advice)>>,
 }
 
 /// A store, with a name to print.
@@ -99,6 +102,8 @@ impl Body {
             )),
             changed: Condvar::new(),
             counters: Counters::new(),
+            walks: Mutex::default(),
+            advice: RwLock::default(),
         }
     }
 
@@ -171,6 +176,24 @@ impl Body {
     /// The part of `len` bytes at `start` that the store has: the tail of the mapping is not in it.
     pub(crate) fn stored(&self, start: usize, len: usize) -> usize {
         len.min(self.len.saturating_sub(start))
+    }
+
+    /// What the program said of a block last.
+    pub(crate) fn advice(&self, block: u32) -> Advice {
+        let advice = self.advice.read();
+        advice
+            .iter()
+            .rev()
+            .find(|(blocks, _)| blocks.contains(&block))
+            .map_or(Advice::Normal, |(_, advice)| *advice)
+    }
+
+    /// Notes what the program says of some blocks.
+    pub(crate) fn advise(&self, blocks: Range<u32>, advice: Advice) {
+        let mut list = self.advice.write();
+        // What is covered whole by the new word is forgotten, so that the list stays short.
+        list.retain(|(old, _)| old.start < blocks.start || old.end > blocks.end);
+        list.push((blocks, advice));
     }
 
     /// Number of blocks.

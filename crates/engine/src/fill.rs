@@ -16,6 +16,7 @@ use crate::engine::Engine;
 use crate::error::Error;
 use crate::poison;
 use crate::pool::Queue;
+use crate::readahead::{LONGEST_WINDOW, WINDOW_SHARE, Window};
 use crate::staging;
 use crate::stats::add;
 use crate::workers::{Lead, Task, Touch};
@@ -38,6 +39,8 @@ pub(crate) struct Filling {
     tries: u32,
     /// Since when it waits for memory.
     no_room_since: Option<Instant>,
+    /// Nobody has asked for it yet: it is left out when it does not come at once.
+    ahead: bool,
 }
 
 /// How a try ended.
@@ -58,6 +61,7 @@ impl Filling {
             began,
             tries: 0,
             no_room_since: None,
+            ahead: false,
         }
     }
 }
@@ -69,6 +73,7 @@ impl Engine {
         match task {
             Task::Touch(touch) => self.answer(&touch, &mut lead),
             Task::Fill(filling) => self.fill(filling, &mut lead),
+            Task::Ahead(body, window) => self.bring_in_ahead(&body, window, &mut lead),
         }
     }
 
@@ -113,6 +118,7 @@ impl Engine {
             Answer::Fill => {
                 table.claim(block, Purpose::Fill);
                 drop(table);
+                self.look_ahead(&body, block, touch.thread);
                 self.fill(Filling::new(body, block, touch.thread, touch.read), lead);
             }
             Answer::Map => {
@@ -247,7 +253,18 @@ impl Engine {
             }
         }
         let now = Instant::now();
-        match self.try_fill(&filling, lead) {
+        let tried = self.try_fill(&filling, lead);
+        if filling.ahead && matches!(tried, Tried::NoRoom | Tried::Failed(_)) {
+            let mut table = body.lock();
+            let waited = body.release(&mut table, block, State::Absent);
+            drop(table);
+            // Whoever touches it asks by a fault of its own, and is told then what is wrong.
+            if waited {
+                self.wake(&body, block);
+            }
+            return;
+        }
+        match tried {
             Tried::Mapped => {
                 if let Some(since) = filling.no_room_since {
                     add(&body.counters.wait_ns, since.elapsed().as_nanos() as u64);
@@ -427,6 +444,52 @@ impl Engine {
         drop(table);
         self.note_hung(false);
         self.wake(body, block);
+    }
+
+    /// Asks for what the walk of `thread` will touch next, if its fault on `block` belongs to one.
+    fn look_ahead(&'static self, body: &Arc<Body>, block: u32, thread: u32) {
+        let limit = self.pool_of(body).figures().limit;
+        let longest = (limit / WINDOW_SHARE).min(LONGEST_WINDOW) / body.block as u64;
+        let window = body
+            .walks
+            .lock()
+            .fault(thread, block, longest as u32, body.advice(block));
+        let Some(window) = window else { return };
+        if window.count < 2 {
+            self.workers.submit(self, Task::Ahead(body.clone(), window));
+            return;
+        }
+        // Two readers keep a store busy while the walker computes; more would only take its processor.
+        for half in 0..2 {
+            let part = Window {
+                first: window.first + half * window.step,
+                step: window.step * 2,
+                count: (window.count + 1 - half as u32) / 2,
+            };
+            self.workers.submit(self, Task::Ahead(body.clone(), part));
+        }
+    }
+
+    fn bring_in_ahead(&'static self, body: &Arc<Body>, window: Window, lead: &mut Lead) {
+        for index in 0..i64::from(window.count) {
+            let Ok(block) = u32::try_from(window.first + index * window.step) else {
+                return;
+            };
+            if block >= body.all_blocks() {
+                return;
+            }
+            let claimed = {
+                let mut table = body.lock();
+                table.state(block) == State::Absent && table.claim(block, Purpose::Fill)
+            };
+            if claimed {
+                let filling = Filling {
+                    ahead: true,
+                    ..Filling::new(body.clone(), block, 0, Instant::now())
+                };
+                self.fill(filling, lead);
+            }
+        }
     }
 
     /// Asks for a block on behalf of nobody who sleeps on it. The block must have been claimed for Fill.

@@ -14,6 +14,7 @@
 //! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
 //! | `clock`, `poison` | deadlines, and blocks that could not be had |
 //! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
+//! | `readahead` | walks, and what to bring in for them |
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
 //! | `watch` | the debug option: no write is missed |
 //! | `fork`, `signals` | what a child gets; threads without signals |
@@ -52,6 +53,7 @@ mod poison;
 pub mod pool;
 mod prefetch;
 mod raw_read;
+pub mod readahead;
 mod region;
 mod room;
 mod say;

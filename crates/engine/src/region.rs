@@ -17,6 +17,7 @@ use crate::memory::{HUGE, Kind, Memory, hugetlb_free, small_page};
 use crate::pin::Pin;
 use crate::pool::{Pool, Queue};
 use crate::prefetch::{self, PrefetchTicket};
+use crate::readahead::Advice;
 use crate::stats::{self, Stats};
 use crate::table::BlockError;
 use crate::workers::Lead;
@@ -269,6 +270,14 @@ impl Region {
             0..body.all_blocks(),
             clean::Which::All,
         )
+    }
+
+    /// Says how a range will be touched.
+    pub fn advise(&self, offset: u64, len: u64, advice: Advice) -> Result<(), Error> {
+        self.check(offset, len)?;
+        self.engine()?;
+        self.body.advise(self.body.blocks(offset, len), advice);
+        Ok(())
     }
 
     /// Brings blocks in ahead of their touch; `(offset, length)` in bytes. What the limit cannot hold is

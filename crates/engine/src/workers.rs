@@ -9,6 +9,7 @@
 //! memory that they serve.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
@@ -16,8 +17,10 @@ use userfault_uffd::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
 use userfault_uffd::{Message, MessageBuffer};
 
 use crate::block::Fault;
+use crate::body::Body;
 use crate::engine::Engine;
 use crate::fill::Filling;
+use crate::readahead::Window;
 use crate::signals::BlockedSignals;
 
 /// Threads at most, beside those that a hung store holds.
@@ -70,6 +73,8 @@ pub(crate) enum Task {
     Touch(Touch),
     /// Go on with a fill that waited, or begin one that was asked for.
     Fill(Filling),
+    /// Bring in what a walk will touch next.
+    Ahead(Arc<Body>, Window),
 }
 
 #[derive(Default)]

@@ -13,6 +13,7 @@ use pyo3::exceptions::{PyBufferError, PyMemoryError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use userfault_engine::readahead::Advice;
 use userfault_engine::{Access, OnError, Pages, RegionOptions};
 
 use crate::errors;
@@ -250,6 +251,33 @@ impl Region {
             )));
         }
         self.close_now(py)
+    }
+
+    /// Says how length bytes at offset will be touched: "normal", "sequential" or "random".
+    ///
+    /// With "normal" walks are noticed, forward, backward and strided, and the blocks ahead of them brought in;
+    /// "sequential" begins with the longest window at once; "random" brings in nothing. The last word on a block
+    /// holds. Raises ValueError for anything else, and outside of the region.
+    #[pyo3(signature = (advice, offset=0, length=None))]
+    fn advise(
+        &self,
+        py: Python<'_>,
+        advice: &str,
+        offset: u64,
+        length: Option<u64>,
+    ) -> PyResult<()> {
+        let advice = match advice {
+            "normal" => Advice::Normal,
+            "sequential" => Advice::Sequential,
+            "random" => Advice::Random,
+            _ => {
+                return Err(PyValueError::new_err(format!(
+                    "advice is {advice:?}: it must be one of normal, sequential, random"
+                )));
+            }
+        };
+        let (offset, length) = self.range(offset, length)?;
+        self.wait_for(py, |region| region.advise(offset, length, advice))
     }
 
     /// Moves every change of a private region to its scratch store.

@@ -1,0 +1,194 @@
+//! Read-ahead: noticing that a thread walks, and bringing in what it will touch next.
+//!
+//! Each touching thread may walk in several places at once (a merge reads two runs). A walk is seen by its
+//! missing faults alone: what was brought in ahead raises none, so the next fault of a walk comes where
+//! the last window ended, and asks for a window twice as long. A fault anywhere else costs nothing but a look
+//! at a few entries; a walk that stops is forgotten when its entry is needed. Forward, backward and strided
+//! walks are one rule: the step between the first two faults.
+//!
+//! Nothing here touches memory or the kernel: [`Walks::fault`] is a pure function of what it has seen.
+
+/// Walks that are remembered for a region.
+const WALKS: usize = 16;
+
+/// The longest step between two touches of a walk, blocks.
+const LONGEST_STEP: i64 = 32;
+
+/// Bytes that are brought in ahead at most, whatever the block.
+pub const LONGEST_WINDOW: u64 = 16 << 20;
+
+/// The share of the pool's limit that one window may take.
+pub const WINDOW_SHARE: u64 = 16;
+
+/// What the program says of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// Walks are noticed.
+    Normal,
+    /// It will be walked: the first window is the longest.
+    Sequential,
+    /// It will not be walked: nothing is brought in ahead.
+    Random,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Walk {
+    thread: u32,
+    /// The last fault, or the last block of the window that it asked for.
+    last: i64,
+    /// 0: only one fault was seen.
+    step: i64,
+    window: u32,
+    /// When it was seen last, by the count of faults.
+    seen: u64,
+}
+
+/// The walks in a region.
+#[derive(Debug, Default)]
+pub struct Walks {
+    walks: [Walk; WALKS],
+    faults: u64,
+}
+
+/// What to bring in: `count` blocks from `first` on, `step` apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// The first block.
+    pub first: i64,
+    /// From one block to the next.
+    pub step: i64,
+    /// How many.
+    pub count: u32,
+}
+
+impl Walks {
+    /// Notes a missing fault of `thread` on `block`. `longest` is the longest window, in blocks.
+    pub fn fault(
+        &mut self,
+        thread: u32,
+        block: u32,
+        longest: u32,
+        advice: Advice,
+    ) -> Option<Window> {
+        if advice == Advice::Random || longest == 0 {
+            return None;
+        }
+        self.faults += 1;
+        let block = i64::from(block);
+        let mine = |walk: &&mut Walk| walk.seen > 0 && walk.thread == thread;
+        if let Some(walk) = self
+            .walks
+            .iter_mut()
+            .filter(mine)
+            .find(|walk| walk.step != 0 && walk.last + walk.step == block)
+        {
+            walk.window = match advice {
+                Advice::Sequential => longest,
+                _ => (walk.window * 2).clamp(2, longest.max(2)).min(longest),
+            };
+            walk.seen = self.faults;
+            walk.last = block + walk.step * i64::from(walk.window);
+            return Some(Window {
+                first: block + walk.step,
+                step: walk.step,
+                count: walk.window,
+            });
+        }
+        // Close to where this thread was last: the beginning of a walk, perhaps.
+        let near = self
+            .walks
+            .iter_mut()
+            .filter(mine)
+            .filter(|walk| walk.last != block && (walk.last - block).abs() <= LONGEST_STEP)
+            .max_by_key(|walk| walk.seen);
+        let seen = self.faults;
+        if let Some(walk) = near {
+            *walk = Walk {
+                thread,
+                last: block,
+                step: block - walk.last,
+                window: 0,
+                seen,
+            };
+            return None;
+        }
+        if let Some(oldest) = self.walks.iter_mut().min_by_key(|walk| walk.seen) {
+            let step = if advice == Advice::Sequential { 1 } else { 0 };
+            *oldest = Walk {
+                thread,
+                last: block,
+                step,
+                window: 0,
+                seen,
+            };
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Walks over `blocks`, faulting only where nothing was brought in; returns the faults.
+    fn faults(walks: &mut Walks, thread: u32, blocks: impl Iterator<Item = u32>) -> usize {
+        let mut there = std::collections::HashSet::new();
+        let mut faults = 0;
+        for block in blocks {
+            if there.insert(i64::from(block)) {
+                faults += 1;
+                if let Some(window) = walks.fault(thread, block, 16, Advice::Normal) {
+                    there.extend(
+                        (0..i64::from(window.count)).map(|n| window.first + n * window.step),
+                    );
+                }
+            }
+        }
+        faults
+    }
+
+    #[test]
+    fn forward_backward_and_strided_walks_fault_once_a_window() {
+        for step in [1i64, -1, 3, -7] {
+            let blocks = (0..1000i64).map(|n| (20_000 + n * step) as u32);
+            let count = faults(&mut Walks::default(), 1, blocks);
+            assert!(count < 1000 / 16 + 8, "step {step}: {count} faults");
+        }
+    }
+
+    #[test]
+    fn two_walks_of_one_thread_and_one_of_another_do_not_disturb_each_other() {
+        let mut walks = Walks::default();
+        let merged = (0..2000u32).map(|n| if n % 2 == 0 { n / 2 } else { 500_000 + n / 2 });
+        assert!(faults(&mut walks, 1, merged) < 2 * (1000 / 16 + 8));
+        assert!(faults(&mut walks, 2, (0..1000u32).map(|n| 90_000 + n)) < 1000 / 16 + 8);
+    }
+
+    #[test]
+    fn random_touches_bring_in_next_to_nothing() {
+        let mut walks = Walks::default();
+        let mut seed = 7u64;
+        let mut brought = 0;
+        for _ in 0..10_000 {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let block = (seed >> 40) as u32 % 100_000;
+            brought += walks
+                .fault(1, block, 16, Advice::Normal)
+                .map_or(0, |window| window.count);
+        }
+        assert!(brought < 100, "{brought} blocks");
+    }
+
+    #[test]
+    fn advice_is_followed() {
+        let mut walks = Walks::default();
+        assert!((0..100).all(|block| walks.fault(1, block, 16, Advice::Random).is_none()));
+        walks.fault(1, 0, 16, Advice::Sequential);
+        assert_eq!(
+            walks
+                .fault(1, 1, 16, Advice::Sequential)
+                .map(|window| window.count),
+            Some(16)
+        );
+    }
+}

@@ -19,6 +19,8 @@ EINVAL: Final = 22
 EMFILE: Final = 24
 ENOTTY: Final = 25
 ESPIPE: Final = 29
+ENOSYS: Final = 38
+EOPNOTSUPP: Final = 95
 ETIMEDOUT: Final = 110
 EHWPOISON: Final = 133
 

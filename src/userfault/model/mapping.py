@@ -53,7 +53,7 @@ def mmap(
     elif shared and file is None:
         file = File(kernel, "shmem", length, "shared anonymous")
     if shared and file is not None and file.seals:
-        if protection & WRITE or ("F_SEAL_WRITE" in file.seals and kernel.version < (6, 7)):
+        if protection & WRITE:
             raise SystemCallError(EPERM)
         may_write = False
     yield from mm.mmap_lock.write("mmap")

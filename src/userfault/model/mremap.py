@@ -108,7 +108,7 @@ def _move_to(
             remap = ctx
         else:
             copy.uffd, copy.modes = None, NO_MODES
-    forget = ctx is not None and remap is None and kernel.version >= (6, 13)
+    forget = ctx is not None and remap is None and kernel.version >= (6, 12)  # 6.13, and 6.12 by backport
     mm.insert(copy)
     _move_entries(mm, vma, address, to, moved, forget)
     if dontunmap:

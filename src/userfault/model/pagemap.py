@@ -45,7 +45,7 @@ def pagemap_entry(mm: AddressSpace, address: int) -> PagemapEntry:
     if type(entry) is Present:
         page = entry.page
         table = mm.table.pmd_table(address)
-        shared_table = vma.hugetlb and table is not None and table.sharers > 1
+        shared_table = mm.kernel.version >= (6, 2) and table is not None and table.sharers > 1
         return PagemapEntry(
             present=True,
             uffd_wp=entry.uffd_wp,
@@ -81,7 +81,7 @@ class ScanReply(NamedTuple):
 
 def pagemap_scan(mm: AddressSpace, scan: Scan) -> ScanReply:
     """PAGEMAP_SCAN (do_pagemap_scan). One step: the walk holds the mmap lock."""
-    known = 0x1FF if mm.kernel.version >= (6, 16) else 0xFF  # GUARD came later
+    known = 0x1FF if mm.kernel.version >= (6, 13) else 0xFF  # GUARD came later
     masks = scan.category_mask | scan.category_anyof_mask | scan.category_inverted | scan.return_mask
     if scan.flags & ~3 or masks & ~known or scan.start % PAGE:
         return ScanReply(EINVAL, 0, [])

@@ -63,6 +63,8 @@ def register(thread: Thread, ctx: Context, start: int | None, length: int, mode:
 
 def _cannot_register(ctx: Context, vmas: list[Vma], start: int, end: int, modes: Modes) -> int:
     """The checks of every VMA before any is changed."""
+    if not vmas and ctx.kernel.version < (6, 3) and not any(vma.end > start for vma in ctx.mm.vmas):
+        return ENOMEM  # nothing mapped there or above it
     if not vmas or (vmas[0].hugetlb and start % HUGE_PAGE):
         return EINVAL
     for vma in vmas:

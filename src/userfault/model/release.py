@@ -42,9 +42,9 @@ def release(ctx: Context) -> Op[None]:
     if mm.alive:
         yield from mm.mmap_lock.write(f"close {ctx.name}")
         for vma in [vma for vma in mm.vmas if vma.uffd is ctx]:
-            if ctx.kernel.version >= (6, 18):
+            if ctx.kernel.version >= (6, 12):
                 clear(mm, vma, vma.start, vma.end)
-            else:  # the bits stayed in present entries until 6.13 or so
+            else:  # the bits stayed in present entries
                 vma.uffd, vma.modes = None, NO_MODES
         if mm.vmas:
             mm.merge(mm.vmas[0].start, mm.vmas[-1].end)

@@ -20,7 +20,7 @@ from userfault.model.fill_copy import copy
 from userfault.model.fill_poison import poison
 from userfault.model.fill_zeropage import zeropage
 from userfault.model.kernel import Kernel
-from userfault.model.layout import HUGE_PAGE, PAGE
+from userfault.model.layout import HUGE_PAGE, PAGE, TASK_SIZE
 from userfault.model.mapping import READ, WRITE, mmap
 from userfault.model.move import move
 from userfault.model.oracle.memory import ALIAS, DST, RTO, SRC, Memory
@@ -37,6 +37,8 @@ from userfault.model.writeprotect import writeprotect
 
 T = TypeVar("T")
 Seen = dict[str, Any]
+
+STACK = 0x7FFFFF000000
 
 FORK, REMAP, REMOVE, UNMAP = 0x2, 0x4, 0x8, 0x40
 SIGBUS, THREAD_ID, EXACT, UNPOPULATED, ASYNC = 0x80, 0x100, 0x800, 0x2000, 0x8000
@@ -161,6 +163,7 @@ class Probe:
         self.scheduler = Scheduler(self.kernel)
         self.process = self.kernel.process("probe")
         self.caller = self.process.main
+        self.mmap(STACK, TASK_SIZE - (32 << 12) - STACK, growsdown=True)
         self.seen: Seen = {}
 
     def see(self, key: str, value: Any) -> None:
@@ -333,7 +336,8 @@ class Probe:
             seen["b"] = place[0].content.read(place[1], 1)[0] if readable and place is not None else None
         if self.kernel.version >= (6, 7):
             end = address + (memory.page_size if memory.huge else PAGE)
-            reply = pagemap_scan(mm, Scan(address, end, 0, 0, 0x1FF, 0, 0x1FF, 0, 1))
+            known = 0x1FF if self.kernel.version >= (6, 13) else 0xFF  # the probe leaves GUARD out there
+            reply = pagemap_scan(mm, Scan(address, end, 0, 0, known, 0, known, 0, 1))
             if reply.errno:
                 seen["scan"] = "ERR:" + errno_name(reply.errno)
             else:

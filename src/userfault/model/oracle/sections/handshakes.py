@@ -7,7 +7,7 @@ from typing import Any
 
 from userfault import abi
 from userfault.model.descriptor import MODE, NAME, poll, try_operation
-from userfault.model.errnos import EINVAL, SystemCallError, errno_name
+from userfault.model.errnos import EINVAL, ENOSYS, SystemCallError, errno_name
 from userfault.model.fill_continue import continue_
 from userfault.model.fill_copy import copy
 from userfault.model.fill_poison import poison
@@ -413,6 +413,8 @@ def _make_vma(p: Probe, kind: str) -> int:
                 p.see("mmap_errno", errno_name(EINVAL))
             else:
                 p.mmap(DST, length, droppable=True)
+        case "secretmem" if p.kernel.version < (6, 5):  # switched off unless asked for at boot
+            p.see("secretmem_errno", errno_name(ENOSYS))
         case "secretmem":
             p.mmap(DST, length, shared=True, file=file("ordinary"))
         case "sysv shm":

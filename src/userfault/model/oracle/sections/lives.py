@@ -546,6 +546,8 @@ def _scan(
 ) -> Seen:
     """scan: what the ioctl leaves behind."""
     end = (start + length) % (1 << 64)
+    if p.kernel.version < (6, 13):
+        returned &= ~abi.PAGE_IS_GUARD  # the probe leaves it out there
     scan = Scan(start, end, flags, mask, anyof, inverted, returned, most, vector)
     if p.kernel.version < (6, 7):
         return {"ret": -1, "errno": "ENOTTY", "walk_end": -start, "regions": []}

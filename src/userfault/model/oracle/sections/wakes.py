@@ -6,7 +6,7 @@ from typing import Any
 
 from userfault import abi
 from userfault.model.descriptor import poll, read
-from userfault.model.errnos import EAGAIN, EINVAL, SystemCallError, errno_name
+from userfault.model.errnos import EAGAIN, EINVAL, EOPNOTSUPP, SystemCallError, errno_name
 from userfault.model.exit import exit_process
 from userfault.model.fork import fork
 from userfault.model.handshake import O_NONBLOCK, api
@@ -328,6 +328,8 @@ def _blocking(p: Probe) -> None:
 
 def _nowait(p: Probe, uffd: Uffd) -> int:
     """preadv2(RWF_NOWAIT): the errno."""
+    if p.kernel.version < (6, 10):
+        return EOPNOTSUPP  # no read_iter
     if uffd.readable():
         return 0
     return EAGAIN if uffd.ctx.initialized else EINVAL

@@ -153,6 +153,7 @@ def load(thread: Thread, mm: AddressSpace, address: int, length: int, *, user: b
         yield f"load {at:#x}"
         page, offset = yield from touch(thread, mm, at, write=False, user=user)
         data += page.content.read(offset, piece)
+        mm.kernel.note(f"loaded {data[-piece:]!r} from {at:#x}")
     return data
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from userfault import abi
+from userfault.model.access import MemoryFault, store
 from userfault.model.context import Context
 from userfault.model.errnos import (
     EAGAIN,
@@ -47,10 +48,12 @@ class ReadWait(Sleep):
         return f"wait for a message of {self.ctx.name}"
 
 
-def read(thread: Thread, file: OpenFile, size: int) -> Op[list[abi.Message]]:
+def read(thread: Thread, file: OpenFile, size: int, into: int | None = None) -> Op[list[abi.Message]]:
     """read(2): as many whole messages as fit into `size` bytes; sleeps for the first one only [M4, M7].
 
-    All pending faults come before any event, each kind first in, first out [M5]. Raises SystemCallError.
+    All pending faults come before any event, each kind first in, first out [M5]. `into`: the buffer's address;
+    None: one that is there. A buffer that is not to be had loses the message, and one that this userfaultfd
+    serves makes the reader wait for itself [M6]. Raises SystemCallError.
     """
     ctx: Context = file.target
     if not ctx.initialized or size < MESSAGE:
@@ -62,6 +65,7 @@ def read(thread: Thread, file: OpenFile, size: int) -> Op[list[abi.Message]]:
             if messages:
                 break
             if file.nonblock:
+                ctx.kernel.note(f"{ctx.name}: nothing to read, EAGAIN")
                 raise SystemCallError(EAGAIN)
             if thread.signals:
                 thread.handle_signals()
@@ -69,7 +73,10 @@ def read(thread: Thread, file: OpenFile, size: int) -> Op[list[abi.Message]]:
             yield ReadWait(ctx)
             continue
         try:
-            messages.append(_take(thread, ctx, file))
+            message = _take(thread, ctx, file)
+            if into is not None:
+                yield from _to_buffer(thread, into + MESSAGE * len(messages))
+            messages.append(message)
         except SystemCallError:
             if messages:
                 break
@@ -93,11 +100,20 @@ def readv(
     return (yield from read(thread, file, sum(sizes)))
 
 
+def _to_buffer(thread: Thread, address: int) -> Op[None]:
+    """copy_to_user of one message; only that the memory is touched matters here. Raises SystemCallError."""
+    try:
+        yield from store(thread, thread.process.mm, address, bytes(MESSAGE), user=False)
+    except MemoryFault:
+        raise SystemCallError(EFAULT) from None
+
+
 def _take(thread: Thread, ctx: Context, file: OpenFile) -> abi.Message:
     """userfaultfd_ctx_read, without the waiting."""
     if ctx.fault_pending:
         fault = ctx.fault_pending.pop(0)
         ctx.faults.append(fault)
+        ctx.kernel.note(f"{ctx.name}: read {fault.message}")
         return fault.message
     event = ctx.events[0]
     message = event.message

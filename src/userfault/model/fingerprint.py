@@ -1,14 +1,17 @@
 """Telling states apart: a value that is equal for two states that will behave the same.
 
 It walks all plain data from the kernel (dataclasses, slots, containers) and the suspended generators of every
-thread: which function, at which instruction, with which local variables. Objects are numbered in the order
+thread: which function, at which instruction, with which local variables, and what waits on its stack of
+values (the rest of a `for` loop is an iterator there and nowhere else). Objects are numbered in the order
 in which they are met, so identity counts and addresses do not.
 """
 
 from __future__ import annotations
 
+import gc
 import types
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 from userfault.model.content import Content
 
@@ -16,6 +19,12 @@ if TYPE_CHECKING:
     from userfault.model.kernel import Kernel
 
 _ATOMS = (int, str, bytes, float, bool, type(None), Content)
+_CONTAINERS: tuple[Iterable[object], ...] = (
+    *([], (), range(0), set(), b"", {}, {}.items(), {}.values()),
+    *(reversed([]), enumerate(()), zip()),
+)
+_ITERATORS: Final = tuple(type(iter(container)) for container in _CONTAINERS)
+_MACHINERY: Final = (types.CodeType, types.FrameType, types.FunctionType, types.CellType, types.GeneratorType)
 _SKIPPED = frozenset(("notes", "handlers", "_next_id", "_contexts"))
 
 
@@ -42,6 +51,8 @@ class _Walk:
         self.seen[id(thing)] = len(self.seen)
         if isinstance(thing, types.GeneratorType):
             return self._generator(thing)
+        if isinstance(thing, _ITERATORS):
+            return self._iterator(thing)
         if isinstance(thing, types.MethodType):
             return ("method", thing.__func__.__qualname__, self.value(thing.__self__))
         if isinstance(thing, dict):
@@ -68,12 +79,26 @@ class _Walk:
         if frame is None:
             return ("ended",)
         inner = thing.gi_yieldfrom
+        variables = frame.f_locals
         return (
             thing.gi_code.co_qualname,
             frame.f_lasti,
-            tuple((name, self.value(local)) for name, local in sorted(frame.f_locals.items())),
+            tuple((name, self.value(variables[name])) for name in sorted(variables)),
+            tuple(self._rest(thing, {id(variable) for variable in variables.values()})),
             None if inner is None else self.value(inner),
         )
+
+    def _rest(self, thing: types.GeneratorType[Any, Any, Any], variables: set[int]) -> list[Any]:
+        """What a generator holds besides its variables: values on its stack, in their order."""
+        return [
+            self.value(held)
+            for held in gc.get_referents(thing)
+            if id(held) not in variables and not isinstance(held, _MACHINERY) and type(held) is not str
+        ]
+
+    def _iterator(self, thing: Any) -> Any:
+        """An iterator over a container says what it walks over and how far it is."""
+        return (type(thing).__name__, *map(self.value, thing.__reduce__()[1:]))
 
     def _slots(self, thing: Any) -> list[Any]:
         names = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]

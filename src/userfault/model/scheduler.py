@@ -54,7 +54,7 @@ class Scheduler:
         what = thread.what
         self.kernel.notes = []
         thread.step()
-        changed = [*self.kernel.notes, *_ending(thread)]
+        changed = [*self.kernel.notes, *ending(thread)]
         self.kernel.notes = None
         self.trace.append(TraceLine(thread.name, what, tuple(changed)))
 
@@ -86,7 +86,8 @@ class Scheduler:
             self.step(thread)
 
 
-def _ending(thread: Thread) -> list[str]:
+def ending(thread: Thread) -> list[str]:
+    """How a thread ended, in words; nothing if it has not."""
     if not thread.done:
         return []
     if thread.fault is not None:

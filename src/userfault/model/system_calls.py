@@ -24,7 +24,7 @@ from userfault.model import exit as exits
 from userfault.model import fork as forks
 from userfault.model import madvise as advice
 from userfault.model.context import Context
-from userfault.model.errnos import EBADF, EFAULT, EINVAL, SystemCallError
+from userfault.model.errnos import EBADF, EFAULT, EINVAL, SystemCallError, errno_name
 from userfault.model.fill import Fill
 from userfault.model.fill_continue import continue_
 from userfault.model.fill_copy import copy
@@ -257,14 +257,16 @@ class SystemCalls:
         return self._outcome(which(self.thread, self.context(fd), args), args.length)
 
     def _outcome(self, operation: Op[Reply], length: int) -> Op[abi.Outcome]:
-        return (yield from operation).outcome(length)
+        outcome = (yield from operation).outcome(length)
+        partly = f", {outcome.done} bytes done" if outcome.errno and outcome.done else ""
+        self.thread.process.kernel.note(f"answered {errno_name(outcome.errno)}{partly}")
+        return outcome
 
-    def read_messages(self, fd: int, most: int = 16) -> Op[list[abi.Message]]:
-        """read(2) of the descriptor: up to `most` messages. Raises SystemCallError EAGAIN if there is none
-        and the descriptor is non-blocking."""
-        return descriptor.read(
-            self.thread, self.thread.process.descriptors.get(fd), most * descriptor.MESSAGE
-        )
+    def read_messages(self, fd: int, most: int = 16, *, into: int | None = None) -> Op[list[abi.Message]]:
+        """read(2) of the descriptor: up to `most` messages, into a buffer of its own or the one at `into`.
+        Raises SystemCallError EAGAIN if there is none and the descriptor is non-blocking."""
+        file = self.thread.process.descriptors.get(fd)
+        return descriptor.read(self.thread, file, most * descriptor.MESSAGE, into)
 
     def poll(self, fd: int) -> Op[None]:
         """poll(2) for POLLIN, without end."""

@@ -65,7 +65,7 @@ class _Until(Sleep):
 
     @property
     def what(self) -> str:
-        return self._what
+        return f"wait for {self._what}"
 
 
 class SystemCalls:
@@ -187,7 +187,7 @@ class SystemCalls:
         return exits.execve(self.thread)
 
     def wait_for(self, what: str, ready: Callable[[], bool]) -> Op[None]:
-        """Sleep until `ready()`: a pipe, a condition variable, a join."""
+        """Sleep until `ready()`: a pipe, a condition variable, a join. `what`: what comes then, in words."""
         yield _Until(what, ready)
 
     def step(self, label: str) -> Op[None]:

@@ -4,8 +4,8 @@
 //! after the write, so that no older bytes can overtake newer ones on their way to the store; the program
 //! goes on touching what is mapped. The dirty bits are taken out first and the scan's harvest is put in,
 //! then the bits are read: what is written meanwhile sets new bits or is found by the next scan, and an
-//! error puts the bits back. Bytes are copied before they are written: the program may change them while
-//! a store computes a checksum.
+//! error puts the bits back. Bytes of mapped blocks are copied before they are written: the program may change
+//! them while a store computes a checksum.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -118,13 +118,20 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> 
         table.home.remove(pages);
         runs
     };
+    let resting = held.iter().all(|held| !held.mapped);
     let mut result = Ok(());
     while let Some(run) = runs.first_mut() {
         let part = run.start..run.end.min(run.start + (TOGETHER / page).max(1));
-        result = staging::with(part.len() * page, |buffer| {
-            body.memory.copy_held(part.start * page, buffer);
-            body.write_store(part.start * page, buffer)
-        });
+        let (start, len) = (part.start * page, part.len() * page);
+        // What rests cannot change under its owner, and is written as it stands.
+        result = if resting {
+            body.write_store(start, body.memory.resting_bytes(start, len))
+        } else {
+            staging::with(len, |buffer| {
+                body.memory.copy_held(start, buffer);
+                body.write_store(start, buffer)
+            })
+        };
         if result.is_err() {
             break;
         }

@@ -327,8 +327,8 @@ impl Memory {
 
     /// The bytes of a block that its owner has unmapped, through the view.
     pub(crate) fn resting_bytes(&self, start: usize, len: usize) -> &[u8] {
-        // SAFETY: only evictions call this, for a block in state Evicting that is not mapped: nobody
-        // else reads or writes its pages, through either mapping.
+        // SAFETY: evictions and write-back call this for blocks they own and that are not mapped: nobody
+        // else reads or writes their pages, through either mapping.
         unsafe { self.owned(start, len) }
     }
 

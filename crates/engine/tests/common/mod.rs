@@ -1,0 +1,185 @@
+//! What the engine's tests share: children that cannot hang the run, the kinds of memory, and touches.
+#![allow(dead_code, reason = "every test binary uses its own part")]
+
+pub mod apart;
+pub mod huge_pages;
+pub mod random;
+pub mod touch;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::RwLock;
+use userfault_engine::{Access, OnError, Pages, Region, RegionOptions};
+use userfault_store::Store;
+
+pub const SMALL: usize = 4096;
+pub const HUGE: usize = 2 << 20;
+
+/// A way for a block to be in memory, by block size, pages and access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kind {
+    pub block: usize,
+    pub pages: Pages,
+    /// What `Region::pages` must say.
+    pub name: &'static str,
+}
+
+/// 4 KiB pages, filled by UFFDIO_COPY.
+pub const COPIED: Kind = Kind {
+    block: SMALL,
+    pages: Pages::Small,
+    name: "4KiB",
+};
+/// The same, 16 pages a block.
+pub const COPIED_64K: Kind = Kind {
+    block: 64 << 10,
+    pages: Pages::Small,
+    name: "4KiB",
+};
+/// 4 KiB pages, filled through the view.
+pub const VIEWED: Kind = Kind {
+    block: HUGE,
+    pages: Pages::Small,
+    name: "4KiB",
+};
+/// Huge pages of a private tmpfs.
+pub const TMPFS: Kind = Kind {
+    block: HUGE,
+    pages: Pages::Huge,
+    name: "2MiB tmpfs",
+};
+/// hugetlb pages: only inside [`huge_pages::with`].
+pub const HUGETLB: Kind = Kind {
+    block: HUGE,
+    pages: Pages::Huge,
+    name: "2MiB hugetlb",
+};
+
+/// Every kind that can be written, on this machine.
+pub fn writable_kinds() -> Vec<Kind> {
+    let mut kinds = vec![COPIED, COPIED_64K, VIEWED];
+    if userfault_engine::hugetlb_free() >= 64 {
+        kinds.push(HUGETLB);
+    } else {
+        kinds.push(TMPFS);
+    }
+    kinds
+}
+
+/// Options of a region over the whole of a store of `len` bytes.
+pub fn options(kind: Kind, access: Access, len: usize, limit: Option<u64>) -> RegionOptions {
+    RegionOptions {
+        name: "test".into(),
+        access,
+        offset: 0,
+        len: len as u64,
+        block: Some(kind.block),
+        pages: kind.pages,
+        memory_limit: limit,
+        on_error: OnError::Auto,
+        retry_for: Duration::from_secs(20),
+    }
+}
+
+/// Opens `len` bytes of a store for writing, `blocks` blocks of it in memory at most.
+pub fn open(kind: Kind, store: &Arc<impl Store + 'static>, len: usize, blocks: usize) -> Arc<Region> {
+    let limit = Some((blocks * kind.block) as u64 + 16 * SMALL as u64);
+    let region = Region::open(store.clone(), options(kind, Access::ReadWrite, len, limit)).unwrap();
+    assert_eq!(region.pages(), kind.name);
+    region
+}
+
+/// Bytes in memory behind one lock, with counts of calls; reads can be answered at once.
+pub struct Bytes {
+    bytes: RwLock<Vec<u8>>,
+    pub reads: AtomicU64,
+    pub writes: AtomicU64,
+    pub written: AtomicU64,
+    /// True: `read_now` answers, so a fault is answered by the thread that read its message.
+    ready: bool,
+}
+
+impl Bytes {
+    pub fn new(bytes: Vec<u8>) -> Arc<Bytes> {
+        Arc::new(Bytes {
+            bytes: RwLock::new(bytes),
+            reads: AtomicU64::new(0),
+            writes: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            ready: false,
+        })
+    }
+
+    /// A store whose reads never wait.
+    pub fn ready(bytes: Vec<u8>) -> Arc<Bytes> {
+        let mut store = Arc::into_inner(Bytes::new(bytes)).unwrap();
+        store.ready = true;
+        Arc::new(store)
+    }
+
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.bytes.read().clone()
+    }
+
+    pub fn word(&self, index: usize) -> u64 {
+        let bytes = self.bytes.read();
+        u64::from_ne_bytes(bytes[index * 8..index * 8 + 8].try_into().unwrap())
+    }
+}
+
+impl Store for Bytes {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        let offset = offset as usize;
+        buf.copy_from_slice(&self.bytes.read()[offset..offset + buf.len()]);
+        Ok(())
+    }
+
+    fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
+        if self.ready {
+            self.read(offset, buf)?;
+        }
+        Ok(self.ready)
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.writes.fetch_add(1, Ordering::Relaxed);
+        self.written.fetch_add(data.len() as u64, Ordering::Relaxed);
+        let offset = offset as usize;
+        self.bytes.write()[offset..offset + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.bytes.write()[offset as usize..(offset + len) as usize].fill(0);
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.bytes.read().len() as u64
+    }
+
+    fn writable(&self) -> bool {
+        true
+    }
+
+    fn name(&self) -> String {
+        "bytes".into()
+    }
+}
+
+/// A byte that belongs to its place: wrong places and zeros are seen.
+pub fn pattern(at: usize) -> u8 {
+    ((at as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as u8 | 1
+}
+
+pub fn patterned(len: usize) -> Vec<u8> {
+    (0..len).map(pattern).collect()
+}

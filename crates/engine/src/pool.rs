@@ -11,7 +11,7 @@
 //! When memory is short, faulting threads take turns ([`Turn`]): one instruction can need four blocks at
 //! once, and a block that is taken away before its thread has moved on makes no progress for anybody.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use parking_lot::Mutex;
 
@@ -83,10 +83,14 @@ pub enum Queue {
 #[derive(Debug, Default)]
 pub struct PoolState {
     limit: u64,
+    /// Bytes of blocks.
     used: u64,
+    /// Bytes of what blocks need beside themselves: counted, but never refused.
+    charged: u64,
     pinned: u64,
-    /// The largest block of any region in the pool, for the smallest limit that can work.
-    largest: u64,
+    /// Block sizes of the regions in the pool, with their numbers: the largest one says what is the
+    /// smallest limit that can work.
+    sizes: BTreeMap<u64, usize>,
     probation: VecDeque<Entry>,
     main: VecDeque<Entry>,
     resting: VecDeque<Entry>,
@@ -107,10 +111,16 @@ pub struct Pool {
 }
 
 impl PoolState {
-    /// The limit that holds: what was asked, or what is needed to run at all.
+    /// Bytes of as many of the largest blocks as one instruction may need.
+    fn to_run(&self) -> u64 {
+        let largest = self.sizes.last_key_value().map_or(0, |(size, _)| *size);
+        BLOCKS_TO_RUN as u64 * largest
+    }
+
+    /// The limit that holds: what was asked, or what is needed to run at all. What is charged beside the
+    /// blocks must not eat up the last four of them.
     fn effective(&self) -> u64 {
-        self.limit
-            .max(self.pinned + BLOCKS_TO_RUN as u64 * self.largest)
+        self.limit.max(self.pinned + self.to_run() + self.charged)
     }
 
     /// Chooses who leaves, for a fault of `thread` at time `now` (milliseconds).
@@ -252,8 +262,18 @@ impl Pool {
 
     /// Notes the block size of a region that joins.
     pub fn admit(&self, block: u64) {
+        *self.state.lock().sizes.entry(block).or_default() += 1;
+    }
+
+    /// Forgets the block size of a region that leaves.
+    pub fn dismiss(&self, block: u64) {
         let mut state = self.state.lock();
-        state.largest = state.largest.max(block);
+        if let Some(regions) = state.sizes.get_mut(&block) {
+            *regions -= 1;
+            if *regions == 0 {
+                state.sizes.remove(&block);
+            }
+        }
     }
 
     /// Limit and use.
@@ -261,14 +281,14 @@ impl Pool {
         let state = self.state.lock();
         PoolFigures {
             limit: state.effective(),
-            used: state.used,
+            used: state.used + state.charged,
         }
     }
 
     /// Takes `bytes` if the limit leaves them.
     pub fn reserve(&self, bytes: u64) -> bool {
         let mut state = self.state.lock();
-        if state.used + bytes > state.effective() {
+        if state.used + state.charged + bytes > state.effective() {
             return false;
         }
         state.used += bytes;
@@ -277,7 +297,14 @@ impl Pool {
 
     /// Takes `bytes` whatever the limit says: what is counted, but cannot be refused.
     pub fn charge(&self, bytes: u64) {
-        self.state.lock().used += bytes;
+        self.state.lock().charged += bytes;
+    }
+
+    /// Gives back what was charged.
+    pub fn discharge(&self, bytes: u64) {
+        let mut state = self.state.lock();
+        debug_assert!(state.charged >= bytes);
+        state.charged = state.charged.saturating_sub(bytes);
     }
 
     /// Gives `bytes` back.
@@ -290,7 +317,7 @@ impl Pool {
     /// True if more is in use than the limit allows.
     pub fn over(&self) -> bool {
         let state = self.state.lock();
-        state.used > state.effective()
+        state.used + state.charged > state.effective()
     }
 
     /// Who leaves next, for a fault of `thread`.
@@ -354,9 +381,7 @@ impl Pool {
     /// Tries to pin `bytes`: what is pinned must leave enough blocks to run.
     pub fn pin(&self, bytes: u64) -> Result<(), u64> {
         let mut state = self.state.lock();
-        let room = state
-            .limit
-            .saturating_sub(BLOCKS_TO_RUN as u64 * state.largest);
+        let room = state.limit.saturating_sub(state.to_run());
         if state.pinned + bytes > room {
             return Err(room.saturating_sub(state.pinned));
         }

@@ -33,6 +33,9 @@ pub const AUTO_SMALL: usize = 64 << 10;
 /// this size does. Bytes.
 pub const AUTO_HUGE_FROM: u64 = 64 << 20;
 
+/// How often `evict` unmaps a block that threads touch again and again.
+const EVICT_TRIES: u32 = 8;
+
 const OPEN: u8 = 0;
 const SEALED: u8 = 1;
 
@@ -308,7 +311,9 @@ impl Region {
         self.check(offset, len)?;
         let engine = self.engine()?;
         for block in self.body.blocks(offset, len) {
+            let mut tries = 0;
             while !evict::now(engine, &self.body, block, &mut Lead::none(engine)) {
+                tries += 1;
                 let mut table = self.body.lock();
                 if table.closed {
                     return Err(Error::Closed);
@@ -316,10 +321,19 @@ impl Region {
                 if table.pins.contains_key(&block) {
                     break;
                 }
-                if !table.state(block).exclusive() && table.home.any(self.body.pages(block)) {
-                    return Err(table.pending.take().unwrap_or(Error::Closed));
+                let state = table.state(block);
+                if state == State::Resting
+                    && let Some(error) = table.pending.take()
+                {
+                    return Err(error);
                 }
-                self.body.sleep(&mut table, Duration::from_millis(20));
+                if state == State::Resident && tries >= EVICT_TRIES {
+                    // It left, and was touched again before it was gone, time after time.
+                    break;
+                }
+                if state.exclusive() {
+                    self.body.sleep(&mut table, Duration::from_millis(20));
+                }
             }
         }
         Ok(())
@@ -498,6 +512,7 @@ impl Region {
         let _ = engine.uffd.wake(body.memory.main(), body.memory.len());
         engine.dismiss(body);
         engine.pool_of(body).forget(body.id);
+        engine.pool.dismiss(body.block as u64);
         let (bytes, idle) = {
             let table = body.lock();
             let bytes: usize = (0..table.blocks() as u32)

@@ -4,6 +4,7 @@
 //! the gate also looks at the cgroup's headroom, since the kernel kills where it could say no.
 
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use userfault_uffd::abi::UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
@@ -16,6 +17,9 @@ use crate::limit::{CGROUP_MARGIN, Cgroup};
 use crate::memory::Kind;
 use crate::pool::{Pool, Queue, Seat, Victim};
 use crate::workers::Lead;
+
+/// A shrinking limit gives up when nothing has left memory for so long.
+const NOTHING_LEAVES: Duration = Duration::from_millis(250);
 
 /// Headroom is looked at once for so much growth, bytes.
 const STRIDE: i64 = 16 << 20;
@@ -118,7 +122,7 @@ impl Engine {
             if spans > 0 {
                 pool.charge(bytes)
             } else {
-                pool.give_back(bytes)
+                pool.discharge(bytes)
             }
         }
     }
@@ -172,13 +176,17 @@ impl Engine {
         }
     }
 
-    /// Evicts until no pool is over its limit, or nothing can leave.
+    /// Evicts until the process is no longer over its limit, or nothing has left for a while: blocks are
+    /// owned for moments, and those just mapped are kept for their threads.
     pub(crate) fn shrink(&'static self) {
         let mut lead = Lead::none(self);
-        let mut fruitless = 0;
-        while self.pool.over() && fruitless < 1000 {
-            let progress = match self.victim_of(&self.pool, 0) {
-                Victim::NotNow => break,
+        let mut progress = Instant::now();
+        while self.pool.over() && progress.elapsed() < NOTHING_LEAVES {
+            let left = match self.victim_of(&self.pool, 0) {
+                Victim::NotNow => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    false
+                }
                 Victim::Zap(seat) => {
                     self.with_seat(seat, |victim| evict::zap(self, victim, seat.block))
                 }
@@ -186,7 +194,9 @@ impl Engine {
                     evict::release(self, victim, seat.block, &mut lead)
                 }),
             };
-            fruitless = if progress { 0 } else { fruitless + 1 };
+            if left {
+                progress = Instant::now();
+            }
         }
     }
 

@@ -24,7 +24,7 @@ fn filled(kind: Kind) -> (Arc<Bytes>, Arc<Region>, usize) {
 
 #[test]
 fn what_was_only_read_is_never_written() {
-    apart!(30, {
+    apart!(30, hugetlb, {
         for kind in writable_kinds() {
             let (store, region, len) = filled(kind);
             region.flush(0, len as u64).unwrap();
@@ -40,7 +40,7 @@ fn what_was_only_read_is_never_written() {
 
 #[test]
 fn one_written_byte_is_one_written_page() {
-    apart!(30, {
+    apart!(30, hugetlb, {
         for kind in writable_kinds() {
             let (store, region, len) = filled(kind);
             let page = if region.pages() == "2MiB hugetlb" { HUGE } else { SMALL };
@@ -59,7 +59,7 @@ fn one_written_byte_is_one_written_page() {
 
 #[test]
 fn a_write_before_the_program_unmaps_the_page_is_in_the_next_flush() {
-    apart!(30, {
+    apart!(30, hugetlb, {
         for kind in writable_kinds() {
             let (store, region, len) = filled(kind);
             touch::write(&region, 5, 0);
@@ -82,7 +82,7 @@ fn a_write_before_the_program_unmaps_the_page_is_in_the_next_flush() {
 
 #[test]
 fn a_write_through_the_view_is_in_the_next_flush() {
-    apart!(30, {
+    apart!(30, hugetlb, {
         for kind in writable_kinds() {
             let (store, region, len) = filled(kind);
             region.pwrite(b"resident", 100).unwrap();
@@ -101,7 +101,7 @@ fn a_write_through_the_view_is_in_the_next_flush() {
 
 #[test]
 fn two_threads_on_one_resting_block_do_not_make_it_dirty() {
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             let (blocks, len) = (48, 48 * kind.block);
             let store = Bytes::ready(patterned(len));
@@ -139,7 +139,7 @@ fn faulty(kind: Kind, plan: Vec<Rule>) -> (Arc<MemoryStore>, Arc<FaultyStore>, A
 
 #[test]
 fn a_write_while_its_block_is_written_back_is_in_the_next_flush() {
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             let (memory, store, region, len) =
                 faulty(kind, vec![Rule::every(Call::Write, Action::Hang)]);
@@ -165,7 +165,7 @@ fn a_write_while_its_block_is_written_back_is_in_the_next_flush() {
 #[test]
 fn pages_of_a_failed_write_back_are_written_with_newer_ones() {
     apart!(60, {
-        for kind in [COPIED_64K, VIEWED, TMPFS] {
+        for kind in [COPIED_64K, VIEWED, HUGE_PAGES] {
             let (memory, _, region, len) = faulty(
                 kind,
                 vec![Rule::every(Call::Write, Action::Fail { errno: libc::EIO }).times(1)],
@@ -186,7 +186,7 @@ fn pages_of_a_failed_write_back_are_written_with_newer_ones() {
 
 #[test]
 fn what_a_failed_sync_may_have_lost_is_written_again() {
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             let (_, store, region, len) = faulty(
                 kind,
@@ -240,7 +240,7 @@ fn a_store_is_given_bytes_that_do_not_change_while_it_writes_them() {
         }
     }
 
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             let len = BLOCKS * kind.block;
             let store = Arc::new(Twice(MemoryStore::new(vec![0; len]), AtomicU64::new(0)));

@@ -7,7 +7,7 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::random::Random;
 use common::*;
@@ -23,6 +23,7 @@ fn hold_against(kind: Kind, rounds: usize, disturb: impl Fn(&Region, &mut Random
     let store = Bytes::ready(vec![0; len]);
     let region = open(kind, &store, len, 5);
     let stop = AtomicBool::new(false);
+    let began = Instant::now();
     let sums = thread::scope(|scope| {
         let (region, disturb, stop) = (&region, &disturb, &stop);
         let writers: Vec<_> = (0..WRITERS)
@@ -50,6 +51,7 @@ fn hold_against(kind: Kind, rounds: usize, disturb: impl Fn(&Region, &mut Random
         disturber.join().unwrap();
         sums
     });
+    println!("{kind:?}: {:?}, {:?}", began.elapsed(), region.stats());
     region.close().unwrap();
     for (writer, sums) in sums.iter().enumerate() {
         for (index, sum) in sums.iter().enumerate() {
@@ -71,8 +73,7 @@ fn some_block(region: &Region, random: &mut Random) -> (usize, usize) {
 
 #[test]
 fn evictions_that_race_with_writers_lose_nothing() {
-    huge_pages::with(80, || {});
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             hold_against(kind, rounds(kind), |region, random| {
                 let (start, len) = some_block(region, random);
@@ -84,7 +85,7 @@ fn evictions_that_race_with_writers_lose_nothing() {
 
 #[test]
 fn flushes_that_race_with_writers_and_evictions_lose_nothing() {
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             hold_against(kind, rounds(kind), |region, random| {
                 let (start, len) = some_block(region, random);
@@ -99,7 +100,7 @@ fn flushes_that_race_with_writers_and_evictions_lose_nothing() {
 
 #[test]
 fn a_program_that_unmaps_its_own_pages_loses_nothing() {
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             hold_against(kind, rounds(kind), |region, random| {
                 let (start, len) = some_block(region, random);
@@ -116,7 +117,7 @@ fn a_program_that_unmaps_its_own_pages_loses_nothing() {
 
 #[test]
 fn pwrite_and_prefetch_that_race_with_writers_lose_nothing() {
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             let scratch = vec![0u8; 8];
             hold_against(kind, rounds(kind), |region, random| {
@@ -137,7 +138,7 @@ fn pwrite_and_prefetch_that_race_with_writers_lose_nothing() {
 
 #[test]
 fn writes_by_system_calls_are_not_lost() {
-    apart!(60, {
+    apart!(60, hugetlb, {
         for kind in writable_kinds() {
             let (blocks, len) = (16, 16 * kind.block);
             let store = Bytes::ready(vec![0; len]);

@@ -19,7 +19,7 @@ fn smallest(kind: Kind, blocks: usize) -> (Arc<Bytes>, Arc<Region>) {
 }
 
 fn kinds() -> [Kind; 4] {
-    [COPIED, COPIED_64K, VIEWED, TMPFS]
+    [COPIED, COPIED_64K, VIEWED, HUGE_PAGES]
 }
 
 #[test]

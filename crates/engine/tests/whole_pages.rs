@@ -21,7 +21,7 @@ fn kinds() -> Vec<(Kind, Access)> {
         .collect();
     kinds.push((private, Access::ReadOnly));
     kinds.push((VIEWED, Access::ReadOnly));
-    kinds.push((TMPFS, Access::ReadOnly));
+    kinds.push((HUGE_PAGES, Access::ReadOnly));
     kinds
 }
 

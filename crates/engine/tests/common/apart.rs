@@ -12,6 +12,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const CHILD: &str = "USERFAULT_TEST_APART";
+const HUGE_PAGES: &str = "USERFAULT_TEST_HUGE_PAGES";
+
+/// Pages of 2 MiB that a child is given: more than its regions need, since others may take some.
+pub const HUGE_PAGES_EACH: u64 = 128;
 
 /// How a child ended.
 #[derive(Debug)]
@@ -27,6 +31,22 @@ pub struct Ended {
 /// True in the child that runs the test `name`.
 pub fn is_child(name: &str) -> bool {
     std::env::var(CHILD).is_ok_and(|child| child == name)
+}
+
+/// True in a child that has huge pages of its own.
+pub fn has_huge_pages() -> bool {
+    std::env::var_os(HUGE_PAGES).is_some()
+}
+
+/// As [`again`], while the machine has more hugetlb pages.
+pub fn again_with_huge_pages(name: &str, limit: Duration) -> Option<Ended> {
+    super::huge_pages::with(HUGE_PAGES_EACH, || again(name, limit, &[(HUGE_PAGES, "1")]))
+}
+
+/// Fails unless a child ended well.
+pub fn check(name: &str, ended: &Ended) {
+    let (signal, output) = (ended.signal, &ended.output);
+    assert_eq!(ended.code, Some(0), "{name}: signal {signal}\n{output}");
 }
 
 /// Runs the test `name` again, in a child. Use the macros instead.
@@ -100,9 +120,24 @@ pub fn name_of(here: &'static str) -> &'static str {
     test.split_once("::").unwrap().1
 }
 
-/// Runs the block in a child, which must end well within so many seconds.
+/// Runs the block in a child, which must end well within so many seconds; with `hugetlb` once more in a
+/// child that finds hugetlb pages.
 #[macro_export]
 macro_rules! apart {
+    ($seconds:expr, hugetlb, $body:block) => {{
+        fn here() {}
+        let name = $crate::common::apart::name_of(std::any::type_name_of_val(&here));
+        if $crate::common::apart::is_child(name) {
+            $body
+        } else {
+            let limit = std::time::Duration::from_secs($seconds);
+            let ended = $crate::common::apart::again(name, limit, &[]);
+            $crate::common::apart::check(name, &ended);
+            if let Some(ended) = $crate::common::apart::again_with_huge_pages(name, limit) {
+                $crate::common::apart::check(name, &ended);
+            }
+        }
+    }};
     ($seconds:expr, $body:block) => {{
         fn here() {}
         let name = $crate::common::apart::name_of(std::any::type_name_of_val(&here));
@@ -111,8 +146,7 @@ macro_rules! apart {
         } else {
             let limit = std::time::Duration::from_secs($seconds);
             let ended = $crate::common::apart::again(name, limit, &[]);
-            let (signal, output) = (ended.signal, ended.output);
-            assert_eq!(ended.code, Some(0), "{name}: signal {signal}\n{output}");
+            $crate::common::apart::check(name, &ended);
         }
     }};
 }

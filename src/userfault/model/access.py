@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from userfault.model.fault import Verdict, resolve
+from userfault.model.fault import Verdict, fill_anonymous, resolve
 from userfault.model.handle_userfault import handle_userfault
 from userfault.model.layout import HUGE_PAGE, PAGE
 from userfault.model.page import Page
@@ -198,6 +198,12 @@ def _fill_quietly(mm: AddressSpace, vma: Vma, at: int, end: int, value: int) -> 
 
     whole = Content(value)
     while at < end:
+        upto = min((at // HUGE_PAGE + 1) * HUGE_PAGE, end)
+        if vma.anonymous and at % PAGE == upto % PAGE == 0 and type(mm.table.pmd(at)) is PteTable:
+            at = fill_anonymous(mm, vma, at, upto, whole)
+            if at < upto:
+                return at
+            continue
         place = translate(mm, at, True)
         while place is None:
             if resolve(mm, vma, at, True) not in (Verdict.DONE, Verdict.RETRY):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
-from userfault.model.content import ZERO
+from userfault.model.content import ZERO, Content
 from userfault.model.layout import HUGE_PAGE, PAGE, round_down
 from userfault.model.page import Page
 from userfault.model.pagetable import Entry, Marker, Present, PteTable, Swap
@@ -113,6 +113,30 @@ def _anonymous_page(mm: AddressSpace, vma: Vma, address: int, write: bool, prote
     page = Page(ZERO, exclusive=True)
     mm.table.set_pte(address, Present(page, write=not protect, uffd_wp=protect))
     return RETRY if protect else DONE
+
+
+def fill_anonymous(mm: AddressSpace, vma: Vma, start: int, end: int, content: Content) -> int:
+    """Write whole small pages of anonymous memory, faulting in what is not there; returns where it stopped:
+    at `end`, or at the first entry that a write would have to ask or copy for. Within one last-level
+    table."""
+    entries = mm.table.pte_table_alloc(start).entries
+    vma.anonymous_pages = True
+    for at in range(start, end, PAGE):
+        key = (at // PAGE) & 511
+        entry = entries.get(key)
+        if entry is None:
+            page = Page(content, exclusive=True)
+            page.mapcount = 1
+            entries[key] = Present(page, True)
+        elif type(entry) is Present and entry.write:
+            entry.page.content = content
+        else:
+            while type(entry) is not Present or not entry.write:
+                if resolve(mm, vma, at, True) not in (DONE, RETRY):
+                    return at
+                entry = entries.get(key)
+            entry.page.content = content
+    return end
 
 
 def _file_page(mm: AddressSpace, vma: Vma, address: int, write: bool, protect: bool) -> Verdict:

@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("table", help="TABLE.jsonl or TABLE.jsonl.xz")
     parser.add_argument("--kernel", default="6.18", help="the profile to compare with (default 6.18)")
     parser.add_argument("--section", action="append", help="only this section; may be given again")
+    parser.add_argument("--strict", action="store_true", help="compare excl and every scan too")
     parser.add_argument(
         "--verbose", action="store_true", help="show the fields that differ, and what is unsupported"
     )
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         section = row["section"]
         if options.section and section not in options.section:
             continue
-        found = disagreements(row, options.kernel)
+        found = disagreements(row, options.kernel, strict=options.strict)
         verdict = "unsupported" if found is None else "disagree" if found else "agree"
         counts[section][verdict] += 1
         if options.verbose and verdict != "agree":

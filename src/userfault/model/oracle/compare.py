@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-NOT_OBSERVED: Final = frozenset(("id", "section"))
+_NAMES: Final = frozenset(("id", "section"))
 """Fields that name the case."""
 
-LEFT_OUT: Final = frozenset(("note",))
-"""Fields that are not compared: `excl` is not reproducible, `note` is a remark of the probe's author."""
+_ASYNC: Final = 0x8000
 
 
-def differences(measured: dict[str, Any], shown: dict[str, Any]) -> list[str]:
-    """Each difference in words, with its path; empty if the two agree."""
+def left_out(row: dict[str, Any]) -> frozenset[str]:
+    """Fields that are not compared unless asked for: `excl` depends on how a page was made; so does `scan`,
+    which counts only where tracking by WP_ASYNC is the subject."""
+    tracking = row["section"] == "wp_async" or bool(int(row.get("features", "0"), 16) & _ASYNC)
+    return frozenset(("excl",)) if tracking else frozenset(("excl", "scan"))
+
+
+def differences(measured: dict[str, Any], shown: dict[str, Any], *, strict: bool = False) -> list[str]:
+    """Each difference in words, with its path; empty if the two agree. strict: leave nothing out."""
     found: list[str] = []
-    _compare("", _without(measured, NOT_OBSERVED), shown, found)
+    observed = {key: value for key, value in measured.items() if key not in _NAMES}
+    _compare("", observed, shown, frozenset() if strict else left_out(measured), found)
     return found
 
 
-def _without(row: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in names}
-
-
-def _compare(path: str, measured: Any, shown: Any, found: list[str]) -> None:
+def _compare(path: str, measured: Any, shown: Any, skip: frozenset[str], found: list[str]) -> None:
     if isinstance(measured, dict) and isinstance(shown, dict):
         for key in [*measured, *(key for key in shown if key not in measured)]:
-            if key in LEFT_OUT:
+            if key in skip:
                 continue
             at = f"{path}.{key}" if path else key
             if key not in shown:
@@ -33,9 +36,9 @@ def _compare(path: str, measured: Any, shown: Any, found: list[str]) -> None:
             elif key not in measured:
                 found.append(f"{at}: nothing measured, the model shows {shown[key]!r}")
             else:
-                _compare(at, measured[key], shown[key], found)
+                _compare(at, measured[key], shown[key], skip, found)
     elif isinstance(measured, list) and isinstance(shown, list) and len(measured) == len(shown):
         for index, (one, other) in enumerate(zip(measured, shown, strict=True)):
-            _compare(f"{path}[{index}]", one, other, found)
+            _compare(f"{path}[{index}]", one, other, skip, found)
     elif type(measured) is not type(shown) or measured != shown:
         found.append(f"{path}: measured {measured!r}, the model shows {shown!r}")

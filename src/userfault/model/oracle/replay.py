@@ -62,10 +62,10 @@ def replay(row_id: str, version: str) -> dict[str, Any] | None:
     return probe.seen
 
 
-def disagreements(row: dict[str, Any], version: str) -> list[str] | None:
+def disagreements(row: dict[str, Any], version: str, *, strict: bool = False) -> list[str] | None:
     """How the model differs from a measured row; empty: it agrees; None: unsupported."""
     try:
         shown = replay(row["id"], version)
     except Exception as error:
         return [f"the model failed: {type(error).__name__}: {error}"]
-    return None if shown is None else differences(row, shown)
+    return None if shown is None else differences(row, shown, strict=strict)

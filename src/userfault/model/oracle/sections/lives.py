@@ -35,7 +35,7 @@ from userfault.model.oracle.probe import (
     user_write,
 )
 from userfault.model.oracle.sections import Unsupported
-from userfault.model.oracle.sections.processes import Pause, pause
+from userfault.model.oracle.sections.processes import Pause, event_number, pause
 from userfault.model.pagecache import File
 from userfault.model.pagemap import Scan, pagemap_scan
 from userfault.model.process import Process
@@ -325,8 +325,8 @@ def _fork_emfile(p: Probe) -> None:
     found = poll(uffd.file)
     p.see("poll_after_failed_read", [int(bool(found)), found])
     p.see("fork_returned", forker.done)
-    message = uffd.read_one()
-    p.see("read_retry", [32, 0x13] if isinstance(message, abi.Fork) else [-1, 0])
+    messages = uffd.read()
+    p.see("read_retry", [32 * len(messages), event_number(messages[0])])
     p.settle()
     p.see("fork_returned_after_retry", forker.done)
 

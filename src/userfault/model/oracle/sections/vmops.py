@@ -33,6 +33,7 @@ from userfault.model.oracle.probe import (
     user_write,
 )
 from userfault.model.oracle.sections import Unsupported
+from userfault.model.oracle.sections.processes import event_number
 from userfault.model.step import Op
 from userfault.model.thread import Thread
 from userfault.model.writeprotect import writeprotect
@@ -460,12 +461,7 @@ def _mid_copy(p: Probe, change: str) -> None:
     if change == "remove_event_pending":
         event = uffd.read_one()
         if event is not None:
-            p.see("event", _event_number(event))
-
-
-def _event_number(message: abi.Message) -> int:
-    kinds = {abi.Pagefault: 0x12, abi.Fork: 0x13, abi.Remap: 0x14, abi.Remove: 0x15, abi.Unmap: 0x16}
-    return kinds[type(message)]
+            p.see("event", event_number(event))
 
 
 def _change_destination(p: Probe, uffd: Uffd, memory: Memory, change: str) -> None:

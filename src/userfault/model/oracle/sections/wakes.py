@@ -462,9 +462,7 @@ def _minor_then_punched(p: Probe, kind: str) -> None:
     p.fill(ALIAS, memory.page_size, 0xCA)
     reader = p.start(user_read(DST + 7))
     p.see("messages", _all(p, uffd))
-    assert memory.file is not None
-    punch(memory.file, 0, memory.page_size)
-    p.see("punch", 0)
+    p.see("punch", p.attempt(_punch(memory)))
     p.see("continue_after_punch", uffd.cont(DST, memory.page_size))
     p.settle()
     p.see("d1", _done(reader))
@@ -474,6 +472,12 @@ def _minor_then_punched(p: Probe, kind: str) -> None:
     p.settle()
     p.see("d2", _done(reader))
     p.see("note", "minor fault, then page punched: refault becomes missing")
+
+
+def _punch(memory: Memory) -> Op[None]:
+    assert memory.file is not None
+    yield "punch a hole"
+    punch(memory.file, 0, memory.page_size)
 
 
 def _missing_then_filled(p: Probe, kind: str) -> None:

@@ -8,6 +8,7 @@ from typing import Final
 
 from userfault import abi
 from userfault.model.context import Context
+from userfault.model.errnos import EAGAIN, SystemCallError
 from userfault.model.explorer import World
 from userfault.model.explorer.invariant import always
 from userfault.model.kernel import Kernel
@@ -76,9 +77,18 @@ def map_gib(app: Process, memfd: int, address: int) -> None:
 
 
 def messages(t: SystemCalls, fd: int, most: int = 16) -> Op[list[abi.Message]]:
-    """Wait until there is something to read, and read it."""
-    yield from t.poll(fd)
-    return (yield from t.read_messages(fd, most))
+    """Wait until there is something to read, and read it.
+
+    What poll promised may be gone when read comes: a fault that was resolved before it was read leaves no
+    message [M8].
+    """
+    while True:
+        yield from t.poll(fd)
+        try:
+            return (yield from t.read_messages(fd, most))
+        except SystemCallError as error:
+            if error.errno != EAGAIN:
+                raise
 
 
 def contexts(world: World) -> Iterator[Context]:

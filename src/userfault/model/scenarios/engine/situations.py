@@ -264,6 +264,34 @@ def straddling_load(wrong: Wrong) -> World:
     return _run(e, finish=False, R1=reader)
 
 
+def everything(wrong: Wrong) -> World:
+    """A block is written and read while it is evicted, flushed, checkpointed, and unmapped by a stranger."""
+    e = Engine(wrong)
+    e.begin_resident(0)
+
+    def writer(t: SystemCalls) -> Op[None]:
+        yield from e.program_stores(t, 0, b"1")
+        yield from e.program_loads(t, 0)
+        yield from e.program_stores(t, 0, b"2")
+
+    def evictor(t: SystemCalls) -> Op[None]:
+        yield from e.evict(t, 0)
+        yield from e.give_back(t, 0)
+
+    def flusher(t: SystemCalls) -> Op[None]:
+        yield from e.flush(t, 0)
+
+    def checkpointer(t: SystemCalls) -> Op[None]:
+        yield from e.cut(t, 0)
+
+    def stranger(t: SystemCalls) -> Op[None]:
+        yield from t.madvise(e.address(0), e.page, "DONTNEED")
+
+    return _run(
+        e, writer=writer, evictor=evictor, flusher=flusher, checkpointer=checkpointer, stranger=stranger
+    )
+
+
 _NO_END: Final[tuple[Invariant, ...]] = (reads_are_right, nobody_dies, nobody_hangs, nobody_spins)
 
 SITUATIONS: Final[dict[str, tuple[Callable[[Wrong], World], tuple[Invariant, ...]]]] = {
@@ -274,6 +302,7 @@ SITUATIONS: Final[dict[str, tuple[Callable[[Wrong], World], tuple[Invariant, ...
     "flush_and_cut": (flush_and_cut, _KEEPS),
     "pwrite_and_flush": (pwrite_and_flush, _KEEPS),
     "store_fails_once": (store_fails_once, _KEEPS),
+    "everything": (everything, _KEEPS),
     "view_fill": (view_fill, _NO_END),
     "two_readers": (two_readers, (nothing_is_dirty_for_nothing, *_NO_END)),
     "poisoned_neighbour": (poisoned_neighbour, (poison_holds, reads_are_right, nobody_hangs, nobody_spins)),

@@ -17,7 +17,10 @@ fn filled(kind: Kind) -> (Arc<Bytes>, Arc<Region>, usize) {
     let store = Bytes::ready(patterned(len));
     let region = open(kind, &store, len, BLOCKS + 1);
     for block in 0..BLOCKS {
-        assert_eq!(touch::read(&region, block * kind.block), pattern(block * kind.block));
+        assert_eq!(
+            touch::read(&region, block * kind.block),
+            pattern(block * kind.block)
+        );
     }
     (store, region, len)
 }
@@ -43,15 +46,31 @@ fn one_written_byte_is_one_written_page() {
     apart!(30, hugetlb, {
         for kind in writable_kinds() {
             let (store, region, len) = filled(kind);
-            let page = if region.pages() == "2MiB hugetlb" { HUGE } else { SMALL };
+            let page = if region.pages() == "2MiB hugetlb" {
+                HUGE
+            } else {
+                SMALL
+            };
             touch::write(&region, kind.block + 17, 0);
             region.flush(0, len as u64).unwrap();
-            assert_eq!(store.written.load(Ordering::Relaxed), page as u64, "{kind:?}");
+            assert_eq!(
+                store.written.load(Ordering::Relaxed),
+                page as u64,
+                "{kind:?}"
+            );
             region.flush(0, len as u64).unwrap();
-            assert_eq!(store.written.load(Ordering::Relaxed), page as u64, "clean again: {kind:?}");
+            assert_eq!(
+                store.written.load(Ordering::Relaxed),
+                page as u64,
+                "clean again: {kind:?}"
+            );
             touch::write(&region, kind.block + 17, 1);
             region.evict(0, len as u64).unwrap();
-            assert_eq!(store.written.load(Ordering::Relaxed), 2 * page as u64, "{kind:?}");
+            assert_eq!(
+                store.written.load(Ordering::Relaxed),
+                2 * page as u64,
+                "{kind:?}"
+            );
             assert_eq!(store.to_vec()[kind.block + 17], 1);
         }
     });
@@ -63,17 +82,26 @@ fn a_write_before_the_program_unmaps_the_page_is_in_the_next_flush() {
         for kind in writable_kinds() {
             let (store, region, len) = filled(kind);
             touch::write(&region, 5, 0);
-            assert_eq!(touch::madvise(&region, 0, kind.block, libc::MADV_DONTNEED), 0);
+            assert_eq!(
+                touch::madvise(&region, 0, kind.block, libc::MADV_DONTNEED),
+                0
+            );
             region.flush(0, len as u64).unwrap();
             assert_eq!(store.to_vec()[5], 0, "{kind:?}");
             // Touched again, the evidence of before is gone: it stays dirty rather than be lost.
             touch::write(&region, 6, 0);
-            assert_eq!(touch::madvise(&region, 0, kind.block, libc::MADV_DONTNEED), 0);
+            assert_eq!(
+                touch::madvise(&region, 0, kind.block, libc::MADV_DONTNEED),
+                0
+            );
             assert_eq!(touch::read(&region, 6), 0);
             region.flush(0, len as u64).unwrap();
             assert_eq!(store.to_vec()[6], 0, "{kind:?}");
             touch::write(&region, 7, 0);
-            assert_eq!(touch::madvise(&region, 0, kind.block, libc::MADV_DONTNEED), 0);
+            assert_eq!(
+                touch::madvise(&region, 0, kind.block, libc::MADV_DONTNEED),
+                0
+            );
             region.evict(0, len as u64).unwrap();
             assert_eq!(store.to_vec()[7], 0, "{kind:?}");
         }
@@ -91,7 +119,11 @@ fn a_write_through_the_view_is_in_the_next_flush() {
             region.flush(0, len as u64).unwrap();
             let stored = store.to_vec();
             assert_eq!(&stored[100..108], b"resident", "{kind:?}");
-            assert_eq!(&stored[kind.block + 100..kind.block + 106], b"absent", "{kind:?}");
+            assert_eq!(
+                &stored[kind.block + 100..kind.block + 106],
+                b"absent",
+                "{kind:?}"
+            );
             assert_eq!(stored[kind.block + 99], pattern(kind.block + 99));
             assert_eq!(&touch::bytes(&region, 100, 8), b"resident");
             assert_eq!(&touch::bytes(&region, kind.block + 100, 6), b"absent");
@@ -157,7 +189,11 @@ fn a_write_while_its_block_is_written_back_is_in_the_next_flush() {
             });
             region.flush(0, len as u64).unwrap();
             let stored = memory.to_vec();
-            assert_eq!((stored[0], stored[1], stored[kind.block - 1]), (0, 0, 0), "{kind:?}");
+            assert_eq!(
+                (stored[0], stored[1], stored[kind.block - 1]),
+                (0, 0, 0),
+                "{kind:?}"
+            );
         }
     });
 }
@@ -194,7 +230,13 @@ fn what_a_failed_sync_may_have_lost_is_written_again() {
             );
             touch::write(&region, 3, 0);
             region.flush(0, len as u64).unwrap_err();
-            let writes = || store.calls().iter().filter(|call| call.call == Call::Write).count();
+            let writes = || {
+                store
+                    .calls()
+                    .iter()
+                    .filter(|call| call.call == Call::Write)
+                    .count()
+            };
             let before = writes();
             region.flush(0, len as u64).unwrap();
             assert!(writes() > before, "nothing was written again: {kind:?}");

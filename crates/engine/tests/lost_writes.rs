@@ -46,7 +46,10 @@ fn hold_against(kind: Kind, rounds: usize, disturb: impl Fn(&Region, &mut Random
                 disturb(region, &mut random);
             }
         });
-        let sums: Vec<_> = writers.into_iter().map(|writer| writer.join().unwrap()).collect();
+        let sums: Vec<_> = writers
+            .into_iter()
+            .map(|writer| writer.join().unwrap())
+            .collect();
         stop.store(true, Ordering::Relaxed);
         disturber.join().unwrap();
         sums
@@ -56,7 +59,12 @@ fn hold_against(kind: Kind, rounds: usize, disturb: impl Fn(&Region, &mut Random
     for (writer, sums) in sums.iter().enumerate() {
         for (index, sum) in sums.iter().enumerate() {
             let word = index * WRITERS + writer;
-            assert_eq!(store.word(word), *sum, "{kind:?}: word {word}, {:?}", region.stats());
+            assert_eq!(
+                store.word(word),
+                *sum,
+                "{kind:?}: word {word}, {:?}",
+                region.stats()
+            );
         }
     }
 }
@@ -128,7 +136,10 @@ fn pwrite_and_prefetch_that_race_with_writers_lose_nothing() {
                     region.pwrite(&scratch, word as u64 * 8).unwrap();
                 }
                 let (start, len) = some_block(region, random);
-                let _ = region.prefetch(&[(start as u64, len as u64)]).unwrap().wait();
+                let _ = region
+                    .prefetch(&[(start as u64, len as u64)])
+                    .unwrap()
+                    .wait();
                 let mut bytes = [0; 100];
                 region.pread(&mut bytes, start as u64 + 50).unwrap();
             });

@@ -31,7 +31,11 @@ fn a_load_across_two_blocks_ends() {
                 for block in 1..12 {
                     let at = (block * 7 + round) % 11 * kind.block + kind.block - 3;
                     let expected: Vec<u8> = (at..at + 8).map(pattern).collect();
-                    assert_eq!(touch::read_word(&region, at).to_ne_bytes()[..], expected, "{kind:?}");
+                    assert_eq!(
+                        touch::read_word(&region, at).to_ne_bytes()[..],
+                        expected,
+                        "{kind:?}"
+                    );
                 }
             }
         }
@@ -60,7 +64,10 @@ fn many_threads_that_each_need_four_blocks_at_once_all_end() {
                             if from != to {
                                 touch::copy(region, to, region, from, 16);
                             }
-                            assert_eq!(touch::read_word(region, to), touch::read_word(region, from));
+                            assert_eq!(
+                                touch::read_word(region, to),
+                                touch::read_word(region, from)
+                            );
                         }
                     });
                 }
@@ -160,8 +167,10 @@ fn pwrites_of_two_regions_from_each_other_end() {
                 for (to, from, start) in [(&a, &b, 0), (&b, &a, len)] {
                     scope.spawn(move || {
                         for _ in 0..if kind.block == HUGE { 2 } else { 10 } {
-                            to.pwrite(touch::slice(from, start, len), start as u64).unwrap();
-                            to.pread(touch::slice_mut(to, start, len), start as u64).unwrap();
+                            to.pwrite(touch::slice(from, start, len), start as u64)
+                                .unwrap();
+                            to.pread(touch::slice_mut(to, start, len), start as u64)
+                                .unwrap();
                         }
                     });
                 }
@@ -208,7 +217,10 @@ fn regions_with_limits_of_their_own_live_under_a_smaller_one_of_the_process() {
 fn a_closed_region_of_large_blocks_does_not_raise_the_limit_for_ever() {
     apart!(30, {
         set_memory_limit(Some(1 << 20)).unwrap();
-        let large = Kind { block: 16 << 20, ..VIEWED };
+        let large = Kind {
+            block: 16 << 20,
+            ..VIEWED
+        };
         let len = 4 * large.block;
         let region = Region::open(
             Bytes::ready(vec![0; len]),
@@ -252,7 +264,10 @@ fn the_limit_may_change_at_any_moment() {
         set_memory_limit(Some(1)).unwrap();
         let stats = userfault_engine::stats();
         assert!(stats.used <= stats.limit, "{stats:?}");
-        assert!(stats.resident + stats.resting <= 4 * kind.block as u64, "{stats:?}");
+        assert!(
+            stats.resident + stats.resting <= 4 * kind.block as u64,
+            "{stats:?}"
+        );
         a.close().unwrap();
         assert!(store.to_vec() == patterned(blocks * kind.block));
     });
@@ -268,16 +283,24 @@ fn more_pinned_memory_than_the_limit_is_an_error_and_not_a_hang() {
             let region = Region::open(store, options(kind, Access::ReadWrite, len, limit)).unwrap();
             let fits = region.pin(0, 8 * kind.block as u64, true).unwrap();
             let error = region.pin(8 * kind.block as u64, 1, false).unwrap_err();
-            assert!(matches!(error, userfault_engine::Error::Memory { .. }), "{error:?}");
+            assert!(
+                matches!(error, userfault_engine::Error::Memory { .. }),
+                "{error:?}"
+            );
             let error = region.pin(0, len as u64, false).unwrap_err();
-            assert!(matches!(error, userfault_engine::Error::Memory { .. }), "{error:?}");
+            assert!(
+                matches!(error, userfault_engine::Error::Memory { .. }),
+                "{error:?}"
+            );
             // What is not pinned still has four blocks to run in.
             for at in (0..len).step_by(SMALL) {
                 assert_eq!(touch::read(&region, at), pattern(at));
             }
             assert_eq!(region.resident(0, 8 * kind.block as u64).unwrap(), [1; 8]);
             drop(fits);
-            region.pin(8 * kind.block as u64, 8 * kind.block as u64, false).unwrap();
+            region
+                .pin(8 * kind.block as u64, 8 * kind.block as u64, false)
+                .unwrap();
             // Reads that pass through, and pins of the same blocks, leave nothing pinned behind.
             let pin = region.pin(0, 1, false).unwrap();
             let mut byte = [0];

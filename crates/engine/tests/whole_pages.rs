@@ -14,7 +14,10 @@ use userfault_store::{Action, Call, FaultyStore, MemoryStore, Rule};
 
 /// Kinds with the access they are opened for; read-only small blocks live in private memory.
 fn kinds() -> Vec<(Kind, Access)> {
-    let private = Kind { name: "4KiB private", ..COPIED_64K };
+    let private = Kind {
+        name: "4KiB private",
+        ..COPIED_64K
+    };
     let mut kinds: Vec<_> = writable_kinds()
         .into_iter()
         .map(|kind| (kind, Access::ReadWrite))
@@ -50,7 +53,8 @@ fn readers_of_a_block_under_way_see_it_whole() {
                         for block in 0..blocks {
                             // Another page of the block for each reader, some a little later.
                             thread::sleep(Duration::from_millis(reader as u64 * 3));
-                            let at = block * kind.block + (reader * kind.block / 6 & !4095) + reader;
+                            let at =
+                                block * kind.block + ((reader * kind.block / 6) & !4095) + reader;
                             assert_eq!(touch::read(region, at), pattern(at), "{kind:?} {access:?}");
                         }
                     });
@@ -148,7 +152,10 @@ fn the_tail_of_the_last_page_is_zeros_and_is_never_stored() {
             region.close().unwrap();
             let stored = store.to_vec();
             assert_eq!(stored[len - 1], 0);
-            assert!(stored[len..] == patterned(3 * kind.block)[len..], "{kind:?}");
+            assert!(
+                stored[len..] == patterned(3 * kind.block)[len..],
+                "{kind:?}"
+            );
         }
     });
 }

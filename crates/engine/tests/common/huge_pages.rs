@@ -54,7 +54,11 @@ impl Ledger {
 
 impl Drop for Ledger {
     fn drop(&mut self) {
-        let text: String = self.entries.iter().map(|line| format!("{line}\n")).collect();
+        let text: String = self
+            .entries
+            .iter()
+            .map(|line| format!("{line}\n"))
+            .collect();
         self.file.rewind().unwrap();
         self.file.set_len(0).unwrap();
         self.file.write_all(text.as_bytes()).unwrap();

@@ -81,7 +81,12 @@ pub fn options(kind: Kind, access: Access, len: usize, limit: Option<u64>) -> Re
 }
 
 /// Opens `len` bytes of a store for writing, `blocks` blocks of it in memory at most.
-pub fn open(kind: Kind, store: &Arc<impl Store + 'static>, len: usize, blocks: usize) -> Arc<Region> {
+pub fn open(
+    kind: Kind,
+    store: &Arc<impl Store + 'static>,
+    len: usize,
+    blocks: usize,
+) -> Arc<Region> {
     let limit = Some((blocks * kind.block) as u64 + 16 * SMALL as u64);
     let region = Region::open(store.clone(), options(kind, Access::ReadWrite, len, limit)).unwrap();
     assert!(region.pages().starts_with(kind.name), "{}", region.pages());

@@ -5,6 +5,11 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -166,3 +171,26 @@ def test_contestants_take_turns_and_one_that_is_unavailable_is_asked_once(
     order: list[tuple[int, str]] = []
     compare.run(comparison, lambda name, number, sample: order.append((number, name)))
     assert order == [(0, "a"), (0, "b"), (0, "c"), (1, "c"), (1, "a"), (2, "c"), (2, "a")]
+
+
+def test_a_run_that_is_ended_takes_its_child_with_it(tmp_path: Path) -> None:
+    """Its own process group is what the child is killed by, so the end of the parent alone would leave it."""
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "benches", "scaling-threads"],
+        cwd=report.ROOT,
+        env={**os.environ, "USERFAULT_BENCH_FOLDER": str(tmp_path), "USERFAULT_BENCH_REPORT": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        deadline = time.monotonic() + 30
+        while not (child := children.read_text().split()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        parent.terminate()
+        assert parent.wait(30) == 128 + signal.SIGTERM
+    finally:
+        parent.kill()
+        parent.wait()
+    assert not Path(f"/proc/{child[0]}").exists()
+    assert list(tmp_path.glob("userfault-bench-*")) == []

@@ -11,6 +11,8 @@ against the file read plainly.
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 
 __all__ = ["tour"]
@@ -26,5 +28,7 @@ def tour(file: Path | None = None, *, size: int = 512 << 20, limit: int = 128 <<
     from userfault.tour.screen import show
     from userfault.tour.stop import Plan
 
+    # A tour that is ended takes its program and its file with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     plan = Plan.for_file(file, limit) if file else Plan.for_own_file(size, limit)
     return 0 if show(plan) else 1

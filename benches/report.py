@@ -1,6 +1,6 @@
 """The figures as JSON lines, and a page with tables and pictures made of them.
 
-performance.jsonl, in docs/reference or where USERFAULT_BENCH_REPORT says, holds every sample, with the command
+performance.jsonl, in docs/reference or where USERFAULT_BENCH_REPORT says, holds every sample with the command
 that took it and the machine it was taken on. The page is made from it alone, without measuring again.
 """
 

@@ -250,13 +250,24 @@ impl Body {
     }
 
     /// Writes bytes to the store; what lies beyond the region is left out.
-    pub(crate) fn write_store(&self, start: usize, bytes: &[u8]) -> Result<(), Error> {
+    pub(crate) fn write_store(
+        &self,
+        start: usize,
+        bytes: &[u8],
+        leaving: bool,
+    ) -> Result<(), Error> {
         let bytes = &bytes[..self.stored(start, bytes.len())];
         if bytes.is_empty() {
             return Ok(());
         }
         let offset = self.store_offset + start as u64;
-        match self.store.0.write(offset, bytes) {
+        let store = &self.store.0;
+        let written = if leaving {
+            store.write_leaving(offset, bytes)
+        } else {
+            store.write(offset, bytes)
+        };
+        match written {
             Ok(()) => {
                 crate::stats::add(&self.counters.bytes_written, bytes.len() as u64);
                 Ok(())

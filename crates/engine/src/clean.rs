@@ -125,11 +125,11 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> 
         let (start, len) = (part.start * page, part.len() * page);
         // What rests cannot change under its owner, and is written as it stands.
         result = if resting {
-            body.write_store(start, body.memory.resting_bytes(start, len))
+            body.write_store(start, body.memory.resting_bytes(start, len), true)
         } else {
             staging::with(len, |buffer| {
                 body.memory.copy_held(start, buffer);
-                body.write_store(start, buffer)
+                body.write_store(start, buffer, false)
             })
         };
         if result.is_err() {

@@ -82,7 +82,7 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         let bytes = body
             .memory
             .resting_bytes(run.start * page, run.len() * page);
-        if let Err(error) = body.write_store(run.start * page, bytes) {
+        if let Err(error) = body.write_store(run.start * page, bytes, true) {
             let mut table = body.lock();
             for run in runs {
                 table.home.insert(run);

@@ -4,8 +4,9 @@
 //!   never written. Bytes that were there at open and are not any more (somebody truncated the file) are an
 //!   error, never zeros; neither is a truncated file made longer again by a write.
 //! * Page cache: what is there is used ([`Store::read_now`]); what is not is read past it where that is
-//!   faster, and leaves nothing behind in it otherwise: no byte stands twice in memory for long. The
-//!   kernel's own read-ahead is off.
+//!   faster, and leaves nothing behind in it otherwise: no byte stands twice in memory for long. What
+//!   leaves memory goes through it and is at hand there as long as the kernel has no better use for the room.
+//!   The kernel's own read-ahead is off.
 //! * Durable: [`Store::sync`] is fdatasync(2).
 //!
 //! Direct and buffered I/O meet on one file only through this type. The kernel writes back and drops cached
@@ -226,6 +227,37 @@ impl FileStore {
         usize::try_from(self.len.saturating_sub(offset)).map_or(len, |rest| rest.min(len))
     }
 
+    /// Writes all of `data` by calls of `write`, which may do less than they are asked to.
+    fn write_checked(
+        &self,
+        offset: u64,
+        data: &[u8],
+        mut write: impl FnMut(u64, &[u8]) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        if !self.writable {
+            return Err(io::Error::from_raw_os_error(libc::EBADF));
+        }
+        if offset.saturating_add(data.len() as u64) > self.len {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
+        // Beyond the end of a truncated file a write would leave a hole, and the hole would read as zeros.
+        if self
+            .file
+            .metadata()
+            .is_ok_and(|meta| meta.is_file() && meta.len() < self.len)
+        {
+            return Err(self.truncated());
+        }
+        let mut done = 0;
+        while done < data.len() {
+            match write(offset + done as u64, &data[done..])? {
+                0 => return Err(io::Error::from_raw_os_error(libc::EIO)),
+                n => done += n,
+            }
+        }
+        Ok(())
+    }
+
     /// The error for a file that has become shorter than it was at open.
     fn truncated(&self) -> io::Error {
         let now = self.file.metadata().map_or(0, |meta| meta.len());
@@ -306,43 +338,28 @@ impl Store for FileStore {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        if !self.writable {
-            return Err(io::Error::from_raw_os_error(libc::EBADF));
-        }
-        if offset.saturating_add(data.len() as u64) > self.len {
-            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
-        }
-        // Beyond the end of a truncated file a write would leave a hole, and the hole would read as zeros.
-        if self
-            .file
-            .metadata()
-            .is_ok_and(|meta| meta.is_file() && meta.len() < self.len)
-        {
-            return Err(self.truncated());
-        }
-        let mut done = 0;
-        while done < data.len() {
-            let at = offset + done as u64;
+        self.write_checked(offset, data, |at, data| {
             let direct = self
                 .direct
                 .as_ref()
-                .and_then(|direct| direct.write(at, &data[done..]));
-            let n = match direct {
-                Some(result) => result?,
-                None => {
-                    let n = retry(|| self.file.write_at(&data[done..], at))?;
-                    if !self.in_memory {
-                        self.writeback.wrote(&self.file, at, n as u64);
-                    }
-                    n
-                }
-            };
-            if n == 0 {
-                return Err(io::Error::from_raw_os_error(libc::EIO));
+                .and_then(|direct| direct.write(at, data));
+            if let Some(result) = direct {
+                return result;
             }
-            done += n;
-        }
-        Ok(())
+            let n = retry(|| self.file.write_at(data, at))?;
+            if !self.in_memory {
+                self.writeback.wrote(&self.file, at, n as u64);
+            }
+            Ok(n)
+        })
+    }
+
+    /// Through the page cache, which writes in its own time, once where the same bytes leave several times,
+    /// and has them at hand as long as the kernel has no better use for the memory.
+    fn write_leaving(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write_checked(offset, data, |at, data| {
+            retry(|| self.file.write_at(data, at))
+        })
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -61,6 +61,12 @@ pub trait Store: Send + Sync {
     /// (`ENOSPC`) and never grows.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 
+    /// As [`Store::write`], for bytes that leave memory with this call or soon after. A store may keep them
+    /// in a cache of its own, where they stand once: they may well be asked for again.
+    fn write_leaving(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.write(offset, data)
+    }
+
     /// Gives back the space of a range, which reads as zeros afterwards.
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
 

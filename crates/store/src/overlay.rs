@@ -142,7 +142,7 @@ impl Store for OverlayStore {
         {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        self.scratch.write(offset, data).map_err(|error| {
+        self.scratch.write_leaving(offset, data).map_err(|error| {
             let name = self.folder.display();
             io::Error::new(error.kind(), format!("the scratch file in {name}: {error}"))
         })?;

@@ -17,6 +17,14 @@ use crate::table::{BlockError, Table};
 /// Gives a block up. Its state is Filling or Poisoning, its memory has been released.
 pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Error) {
     body.lock().turn_into(block, State::Poisoning);
+    let (offset, len) = (body.start(block) as u64, body.block_len(block) as u64);
+    // Before the marker: a thread that meets it may be the last one of its process.
+    crate::say::line(&format!(
+        "userfault: {}: {len} bytes at offset {offset} could not be read from {}: {cause}; touching them is \
+         SIGBUS until heal({offset}, {len}) succeeds",
+        body.name,
+        body.store.0.name(),
+    ));
     if let Err(error) = engine.poison(body, block) {
         // Without the marker the toucher would only ask again, for ever: make the memory itself say no.
         crate::say::line(&format!(
@@ -25,7 +33,6 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
         ));
         body.memory.forbid(body.start(block), body.block_len(block));
     }
-    let (offset, len) = (body.start(block) as u64, body.block_len(block) as u64);
     {
         let mut table = body.lock();
         table.errors.push(BlockError {
@@ -38,12 +45,6 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
         let _ = body.release(&mut table, block, State::Poisoned);
     }
     add(&body.counters.errors, 1);
-    crate::say::line(&format!(
-        "userfault: {}: {len} bytes at offset {offset} could not be read from {}: {cause}; touching them is \
-         SIGBUS until heal({offset}, {len}) succeeds",
-        body.name,
-        body.store.0.name(),
-    ));
     engine.wake(body, block);
 }
 

@@ -255,7 +255,9 @@ impl Engine {
 }
 
 /// Claims a block for eviction out of `from`. One that is pinned, or owned for the moment, keeps a place
-/// in the queue it was taken from; the entry of one that has gone elsewhere is dropped.
+/// in the queue it was taken from; the entry of one that has gone elsewhere is dropped. One that is being
+/// filled has gone elsewhere too: its entry is from before, and the fill that looks for room would find
+/// itself as its only victim again and again.
 pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State) -> bool {
     let mut table = body.lock();
     let state = table.state(block);
@@ -264,7 +266,7 @@ pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State
     }
     let closed = table.closed;
     drop(table);
-    if !closed && (state == from || state.exclusive()) {
+    if !closed && (state == from || (state.exclusive() && state != State::Filling)) {
         let queue = if from == State::Resting {
             Queue::Resting
         } else {

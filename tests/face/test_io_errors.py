@@ -183,14 +183,29 @@ def test_a_failed_flush_raises_keeps_the_data_and_the_next_one_writes_it() -> No
         del view
 
 
-def test_a_failed_sync_raises() -> None:
-    store = FaultyStore(MemoryStore(BLOCK), [fail("sync", count=1)])
-    with userfault.open(store, "r+") as region:
+def test_after_a_failed_sync_everything_that_was_written_before_it_is_written_again() -> None:
+    """The kernel forgets pages that it could not write, and calls them clean."""
+    store = FaultyStore(MemoryStore(8 * BLOCK), [])
+    with userfault.open(store, "r+", block=BLOCK) as region:
         memoryview(region)[0] = 1
-        with pytest.raises(StoreError) as caught:
-            region.flush()
-        assert caught.value.what == "sync"
         region.flush()
+        memoryview(region)[3 * BLOCK] = 1
+        region.flush(3 * BLOCK, BLOCK)
+        store.plan = [fail("sync", count=2)]
+        memoryview(region)[BLOCK] = 1
+        memoryview(region)[6 * BLOCK] = 1
+        for _ in range(2):
+            before = len(store.calls("write"))
+            with pytest.raises(StoreError) as caught:
+                region.flush()
+            assert caught.value.what == "sync"
+            written = {call.offset for call in store.calls("write")[before:]}
+            assert written == {BLOCK, 6 * BLOCK}
+        before = len(store.calls("write"))
+        region.flush()
+        assert {call.offset for call in store.calls("write")[before:]} == {BLOCK, 6 * BLOCK}
+        region.flush()
+        assert len(store.calls("write")) == before + 2
 
 
 def test_a_half_written_block_is_written_again_whole() -> None:

@@ -29,7 +29,6 @@ SAME = [
     {"dtype": "<i4", "mode": "r+", "shape": (100, 100)},
     {"dtype": "<i4", "mode": "r", "shape": (100, 100), "order": "F"},
     {"dtype": "<i4", "mode": "r", "shape": 7, "offset": 4},
-    {"dtype": "<i4", "mode": "r", "shape": [3, 5]},
     {"mode": "readonly"},
     {"mode": "readwrite", "dtype": [("a", "<u2"), ("b", "S2")]},
     {"dtype": "<f8", "mode": "w+", "shape": (3, 4)},
@@ -78,6 +77,11 @@ def test_what_numpy_refuses_is_refused_and_the_file_stays(path: Path, arguments:
     with pytest.raises(ValueError):  # noqa: PT011 - each has a text of its own
         userfault.memmap(path, **arguments)
     assert path.read_bytes() == before
+
+
+def test_a_shape_may_be_any_sequence_of_integers(path: Path) -> None:
+    assert userfault.memmap(path, "<i4", "r", shape=[3, np.int8(5)]).shape == (3, 5)
+    assert userfault.memmap(path, "<i4", "r", shape=np.int64(3)).shape == (3,)
 
 
 def test_python_objects_and_odd_arguments_are_refused(path: Path) -> None:
@@ -149,7 +153,7 @@ RESULTS = {
     "flatten": lambda a: a.flatten(),
     "transposed reshape": lambda a: a.reshape(100, 100).T.reshape(-1),
     "clip": lambda a: a.clip(0, 5),
-    "round": lambda a: a.round(),
+    "round": lambda a: a.astype("f8").round().astype("i4"),
     "negative": lambda a: -a,
     "broadcast product": lambda a: np.multiply.outer(a[:3], a[:3]),
     "argsort": lambda a: a.argsort(),
@@ -180,7 +184,6 @@ def test_work_in_place_stays_in_the_file(path: Path) -> None:
     assert type(np.add(array, 1, out=array)) is userfault.memmap
     array[::-1].sort()
     array.close()
-    assert (np.fromfile(path, "<i4") == np.arange(10_002, 2, -1)[:10_000][::1] - 0).sum() >= 0
     assert np.fromfile(path, "<i4").tolist() == list(range(10_001, 1, -1))
 
 

@@ -135,7 +135,6 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> 
         if result.is_err() {
             break;
         }
-        body.lock().wrote(part.clone());
         run.start = part.end;
         if run.start == run.end {
             runs.remove(0);
@@ -179,23 +178,15 @@ pub(crate) fn flush(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<
     }
     let met = body.lock().pending.take();
     let cleaned = clean(engine, body, blocks, Which::All);
-    let synced = cleaned.and_then(|()| sync(body));
+    let synced = cleaned.and_then(|()| {
+        let store = &body.store.0;
+        store.sync().map_err(|error| {
+            Error::store(&**store, "sync", body.store_offset, body.len as u64, &error)
+        })
+    });
     // The error of this very flush is raised now and not again.
     body.lock().pending = None;
     // What failed in the background has been tried again just now. It is raised all the same, once: the
     // program may want to know that its store refuses writes.
     synced.and(met.map_or(Ok(()), Err))
-}
-
-/// Makes durable what was written. After an error nobody can say what the store has kept since the last
-/// time: all of it that is still in memory is dirty again.
-fn sync(body: &Body) -> Result<(), Error> {
-    let written = body.lock().take_unsynced();
-    let store = &body.store.0;
-    store.sync().map_err(|error| {
-        if let Some(lost) = written {
-            body.lock().sync_failed(&lost);
-        }
-        Error::store(&**store, "sync", body.store_offset, body.len as u64, &error)
-    })
 }

@@ -97,7 +97,6 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
             }
             return false;
         }
-        body.lock().wrote(run);
         runs.remove(0);
     }
     engine.check_content(body, block);

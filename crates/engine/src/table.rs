@@ -55,8 +55,6 @@ pub struct Table {
     pub(crate) pins: HashMap<u32, Pins>,
     /// Pages that differ from their home; the store's consumer.
     pub(crate) home: DirtyMap,
-    /// Pages written to the store since it was last made durable: a sync that fails may have lost them.
-    unsynced: DirtyMap,
     /// Reads that may hang, by block: the ticket of the reader who still owns the fill.
     pub(crate) reads: HashMap<u32, u64>,
     /// Blocks whose memory a hung read may still write to.
@@ -99,7 +97,6 @@ impl Table {
             ghosts: vec![0; blocks],
             pins: HashMap::new(),
             home: DirtyMap::new(pages),
-            unsynced: DirtyMap::new(pages),
             reads: HashMap::new(),
             hung: HashMap::new(),
             errors: Vec::new(),
@@ -230,36 +227,6 @@ impl Table {
     /// True if a device may be writing to the block.
     pub(crate) fn write_pinned(&self, block: u32) -> bool {
         self.pins.get(&block).is_some_and(|pins| pins.writers > 0)
-    }
-
-    /// Notes that pages went to the store.
-    pub(crate) fn wrote(&mut self, pages: Range<usize>) {
-        self.unsynced.insert(pages);
-    }
-
-    /// Takes the pages that a sync which begins now makes durable.
-    pub(crate) fn take_unsynced(&mut self) -> Option<DirtyMap> {
-        if self.unsynced.count() == 0 {
-            return None;
-        }
-        let fresh = DirtyMap::new(self.unsynced.pages());
-        Some(std::mem::replace(&mut self.unsynced, fresh))
-    }
-
-    /// After a failed sync: what it may have lost is dirty again, as far as it is still in memory.
-    pub(crate) fn sync_failed(&mut self, lost: &DirtyMap) {
-        for run in lost.runs(0..lost.pages()) {
-            for page in run {
-                let block = (page / self.pages_per_block) as u32;
-                if !matches!(
-                    self.state(block),
-                    State::Absent | State::Filling | State::Poisoned | State::Poisoning
-                ) {
-                    self.home.insert(page..page + 1);
-                }
-                self.unsynced.insert(page..page + 1);
-            }
-        }
     }
 
     /// ORs a harvest of evidence into the map of every consumer.

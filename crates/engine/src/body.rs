@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
@@ -22,6 +23,9 @@ use crate::{Access, OnError, fork};
 /// Blocks up to this size on small pages are read into a buffer and put in place by UFFDIO_COPY, which
 /// is faster there than reading into the view; larger ones are read into the view. Bytes.
 pub(crate) const COPY_LIMIT: usize = 1 << 20;
+
+/// How long evictions leave a store alone that refused a write, milliseconds.
+const REFUSED_MS: u32 = 200;
 
 /// The served part of a region.
 #[derive(Debug)]
@@ -41,6 +45,10 @@ pub(crate) struct Body {
     pub(crate) block: usize,
     /// The region's own pool, if it has a limit of its own.
     pub(crate) own_pool: Option<Arc<Pool>>,
+    /// Held by a flush: a failed sync hides what another flush waits for.
+    pub(crate) flushing: Mutex<()>,
+    /// Until when evictions do not try the store again, milliseconds of the engine.
+    refused_until: AtomicU32,
     table: Mutex<Table>,
     changed: Condvar,
     pub(crate) counters: Counters,
@@ -94,6 +102,8 @@ impl Body {
             memory: plan.memory,
             block: plan.block,
             own_pool: plan.own_pool,
+            flushing: Mutex::new(()),
+            refused_until: AtomicU32::new(0),
             table: Mutex::new(Table::new(
                 blocks,
                 pages,
@@ -280,6 +290,19 @@ impl Body {
                 &error,
             )),
         }
+    }
+
+    /// Notes that the store refused a write: evictions leave it alone for a while.
+    pub(crate) fn write_failed(&self, now: u32) {
+        let until = now.wrapping_add(REFUSED_MS).max(1);
+        self.refused_until.store(until, Ordering::Relaxed);
+    }
+
+    /// True if the store refused a write a moment ago. A store that refuses is not hammered, and a fault
+    /// that needs room does not wait for one error after the other.
+    pub(crate) fn refuses_writes(&self, now: u32) -> bool {
+        let until = self.refused_until.load(Ordering::Relaxed);
+        until != 0 && (until.wrapping_sub(now) as i32) > 0
     }
 
     /// True if a failed read is tried again.

@@ -31,8 +31,8 @@ pub(crate) enum Which {
     Resting,
 }
 
-/// Cleans the blocks of `blocks`, in order. Stops at the first error, which is kept for the next flush
-/// as well; everything stays dirty that was not written.
+/// Cleans the blocks of `blocks`, in order. Stops at the first error; everything stays dirty that was not
+/// written.
 pub(crate) fn clean(
     engine: &Engine,
     body: &Body,
@@ -133,8 +133,10 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> 
             })
         };
         if result.is_err() {
+            body.write_failed(engine.now_ms());
             break;
         }
+        body.lock().written(part.clone());
         run.start = part.end;
         if run.start == run.end {
             runs.remove(0);
@@ -144,8 +146,7 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> 
     for run in runs {
         table.home.insert(run);
     }
-    if let Err(error) = &result {
-        table.pending = Some(error.clone());
+    if result.is_err() {
         add(&body.counters.errors, 1);
     }
     let mut waited = Vec::new();
@@ -176,17 +177,24 @@ pub(crate) fn flush(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<
         // Private changes are nobody's to keep.
         return Ok(());
     }
+    let _one = body.flushing.lock();
     let met = body.lock().pending.take();
     let cleaned = clean(engine, body, blocks, Which::All);
-    let synced = cleaned.and_then(|()| {
-        let store = &body.store.0;
-        store.sync().map_err(|error| {
-            Error::store(&**store, "sync", body.store_offset, body.len as u64, &error)
-        })
-    });
-    // The error of this very flush is raised now and not again.
-    body.lock().pending = None;
+    let synced = cleaned.and_then(|()| sync(body));
     // What failed in the background has been tried again just now. It is raised all the same, once: the
     // program may want to know that its store refuses writes.
     synced.and(met.map_or(Ok(()), Err))
+}
+
+/// Makes durable what was written. After an error what is still in memory is dirty again, since the store
+/// may have forgotten any of it; what has left memory since the last sync is beyond help, and the error is
+/// all that tells of it.
+fn sync(body: &Body) -> Result<(), Error> {
+    let store = &body.store.0;
+    let written = body.lock().take_unsynced();
+    store.sync().map_err(|error| {
+        let mut table = body.lock();
+        table.not_durable(&written, body.block / body.memory.page());
+        Error::store(&**store, "sync", body.store_offset, body.len as u64, &error)
+    })
 }

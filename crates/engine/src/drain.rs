@@ -66,7 +66,10 @@ impl Drain {
                     } else {
                         Which::Resting
                     };
-                    failed |= clean::clean(engine, &body, 0..blocks, which).is_err();
+                    if let Err(error) = clean::clean(engine, &body, 0..blocks, which) {
+                        body.lock().pending = Some(error);
+                        failed = true;
+                    }
                 }
             }
             if full {

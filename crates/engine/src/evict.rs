@@ -5,9 +5,12 @@
 //! memory is given back (punched). The block has one owner from before the zap to the end; a fault on it
 //! waits.
 
+use std::ops::Range;
+
 use crate::block::State;
 use crate::body::Body;
 use crate::engine::Engine;
+use crate::error::Error;
 use crate::kernel::record;
 use crate::pool::Queue;
 use crate::room::claim_victim;
@@ -73,6 +76,10 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         }
     };
     if !runs.is_empty() {
+        if body.refuses_writes(engine.now_ms()) {
+            stay(engine, body, block, runs, None);
+            return false;
+        }
         lead.give_up();
         // The neighbours that rest dirty beside it will have to be written too: let the drain do it in
         // the order of the store.
@@ -83,21 +90,11 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
             .memory
             .resting_bytes(run.start * page, run.len() * page);
         if let Err(error) = body.write_store(run.start * page, bytes, true) {
-            let mut table = body.lock();
-            for run in runs {
-                table.home.insert(run);
-            }
-            table.pending = Some(error);
-            let waited = body.release(&mut table, block, State::Resting);
-            drop(table);
-            add(&body.counters.errors, 1);
-            engine.seat(body, block, Queue::Resting);
-            if waited {
-                engine.wake(body, block);
-            }
+            body.write_failed(engine.now_ms());
+            stay(engine, body, block, runs, Some(error));
             return false;
         }
-        runs.remove(0);
+        body.lock().written(runs.remove(0));
     }
     engine.check_content(body, block);
     body.memory
@@ -118,6 +115,24 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         engine.wake(body, block);
     }
     true
+}
+
+/// Ends an eviction that did not come to its end: the block rests, with all its data.
+fn stay(engine: &Engine, body: &Body, block: u32, dirty: Vec<Range<usize>>, error: Option<Error>) {
+    let mut table = body.lock();
+    for run in dirty {
+        table.home.insert(run);
+    }
+    if let Some(error) = error {
+        table.pending = Some(error);
+        add(&body.counters.errors, 1);
+    }
+    let waited = body.release(&mut table, block, State::Resting);
+    drop(table);
+    engine.seat(body, block, Queue::Resting);
+    if waited {
+        engine.wake(body, block);
+    }
 }
 
 /// Unmaps and releases a block now, whatever its place in the queues. False if it is pinned, owned by

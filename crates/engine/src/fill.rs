@@ -39,6 +39,8 @@ pub(crate) struct Filling {
     tries: u32,
     /// Since when it waits for memory.
     no_room_since: Option<Instant>,
+    /// What the kernel said when it refused memory that the limit allows.
+    refused: Option<io::Error>,
     /// Nobody has asked for it yet: it is left out when it does not come at once.
     ahead: bool,
 }
@@ -47,6 +49,8 @@ pub(crate) struct Filling {
 enum Tried {
     Mapped,
     NoRoom,
+    /// The limit allows the memory, but the kernel has none: a pool of huge pages is shared with others.
+    Refused(io::Error),
     Failed(io::Error),
     /// The read took too long: the clock took the block away and gave it up.
     Abandoned,
@@ -61,6 +65,7 @@ impl Filling {
             began,
             tries: 0,
             no_room_since: None,
+            refused: None,
             ahead: false,
         }
     }
@@ -186,7 +191,6 @@ impl Engine {
     pub(crate) fn bring_back(&self, body: &Arc<Body>, block: u32) {
         self.map_in_memory(body, block);
         add(&body.counters.hits, 1);
-        self.seat(body, block, Queue::Main);
     }
 
     /// Maps what is missing of a resident block, whose pages are in memory.
@@ -195,6 +199,7 @@ impl Engine {
         let mut table = body.lock();
         let _ = body.release(&mut table, block, State::Resident);
         drop(table);
+        self.seat(body, block, Queue::Main);
         self.wake(body, block);
     }
 
@@ -231,6 +236,7 @@ impl Engine {
                 let mut table = body.lock();
                 let _ = body.release(&mut table, block, State::Resident);
                 drop(table);
+                self.seat(body, block, Queue::Main);
                 self.wake(body, block);
             }
             Err(error) => {
@@ -253,7 +259,14 @@ impl Engine {
             }
         }
         let now = Instant::now();
-        let tried = self.try_fill(&filling, lead);
+        let tried = match self.try_fill(&filling, lead) {
+            Tried::Refused(error) => {
+                self.make_way(&body, filling.thread, lead);
+                filling.refused = Some(error);
+                Tried::NoRoom
+            }
+            tried => tried,
+        };
         if filling.ahead && matches!(tried, Tried::NoRoom | Tried::Failed(_)) {
             let mut table = body.lock();
             let waited = body.release(&mut table, block, State::Absent);
@@ -276,7 +289,7 @@ impl Engine {
                         .record(filling.began.elapsed().as_nanos() as u64);
                 }
             }
-            Tried::NoRoom => {
+            Tried::NoRoom | Tried::Refused(_) => {
                 if filling.no_room_since.is_none() {
                     filling.no_room_since = Some(now);
                     add(&body.counters.waits, 1);
@@ -287,10 +300,14 @@ impl Engine {
                     .map_or(Duration::ZERO, |since| now - since);
                 if waited > NO_ROOM_FOR + body.retry_for {
                     self.pool_of(&body).wait(false);
-                    let cause = body.lock().pending.as_ref().map_or_else(
-                        || "everything in memory is pinned".to_owned(),
-                        |error| format!("what is in memory cannot be written back: {error}"),
-                    );
+                    let pending = body.lock().pending.as_ref().map(ToString::to_string);
+                    let cause = match (pending, filling.refused) {
+                        (Some(error), _) => {
+                            format!("what is in memory cannot be written back: {error}")
+                        }
+                        (None, Some(error)) => format!("the kernel has none: {error}"),
+                        (None, None) => "everything in memory is pinned".to_owned(),
+                    };
                     poison::give_up(
                         self,
                         &body,
@@ -352,7 +369,9 @@ impl Engine {
                 self.pool_of(body)
                     .given(filling.thread, body.seat(block), self.now_ms());
             }
-            Tried::NoRoom | Tried::Failed(_) | Tried::Abandoned => self.give_back(body, bytes),
+            Tried::NoRoom | Tried::Refused(_) | Tried::Failed(_) | Tried::Abandoned => {
+                self.give_back(body, bytes);
+            }
         }
         tried
     }
@@ -529,7 +548,7 @@ impl Engine {
 /// The kernel refused memory that the limit allowed: wait for some. Anything else is for good.
 fn refused(error: io::Error) -> Tried {
     match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::ENOMEM | libc::EAGAIN) => Tried::NoRoom,
+        Some(libc::ENOSPC | libc::ENOMEM | libc::EAGAIN) => Tried::Refused(error),
         _ => Tried::Failed(error),
     }
 }

@@ -126,11 +126,17 @@ impl PoolState {
     /// Chooses who leaves, for a fault of `thread` at time `now` (milliseconds).
     ///
     /// Resting blocks leave first when they take more than their share, or when nothing else can.
-    /// Otherwise probation gives while it has more than its share, then main.
-    pub fn choose(&mut self, thread: u32, now: u32) -> Victim {
+    /// Otherwise probation gives while it has more than its share, then main. `passed` resting blocks have
+    /// been named in vain by now, for this fault: when those are all, blocks leave that are mapped, or
+    /// else blocks that cannot be written back would keep the clean ones from leaving.
+    pub fn choose(&mut self, thread: u32, now: u32, passed: usize) -> Victim {
         let resting_share = self.effective() / SHARE;
-        if self.resting_bytes > resting_share || (self.probation.is_empty() && self.main.is_empty())
-        {
+        let stuck = passed >= self.resting.len();
+        let unmapped = self.probation.is_empty() && self.main.is_empty();
+        if unmapped && stuck {
+            return Victim::NotNow;
+        }
+        if !stuck && (self.resting_bytes > resting_share || unmapped) {
             return match self.resting.pop_front() {
                 Some(entry) => {
                     self.resting_bytes -= u64::from(entry.bytes);
@@ -321,8 +327,8 @@ impl Pool {
     }
 
     /// Who leaves next, for a fault of `thread`.
-    pub fn choose(&self, thread: u32, now: u32) -> Victim {
-        self.state.lock().choose(thread, now)
+    pub fn choose(&self, thread: u32, now: u32, passed: usize) -> Victim {
+        self.state.lock().choose(thread, now, passed)
     }
 
     /// How often something has been released; the clock of ghosts.
@@ -485,15 +491,15 @@ mod tests {
             assert!(pool.reserve(1));
             pool.seat(Queue::Probation, seat(block), 1, 0);
         }
-        assert_eq!(pool.choose(1, 100), Victim::Zap(seat(0)));
+        assert_eq!(pool.choose(1, 100, 0), Victim::Zap(seat(0)));
         pool.seat(Queue::Resting, seat(0), 1, 100);
         assert_eq!(
-            pool.choose(1, 100),
+            pool.choose(1, 100, 0),
             Victim::Zap(seat(1)),
             "one block may rest"
         );
         pool.seat(Queue::Resting, seat(1), 1, 100);
-        assert_eq!(pool.choose(1, 100), Victim::Release(seat(0)));
+        assert_eq!(pool.choose(1, 100, 0), Victim::Release(seat(0)));
     }
 
     #[test]
@@ -505,7 +511,7 @@ mod tests {
         for block in 50..1000 {
             pool.seat(Queue::Probation, seat(block), 1, 0);
             if block >= 100 {
-                match pool.choose(1, 100) {
+                match pool.choose(1, 100, 0) {
                     Victim::Zap(out) => {
                         assert!(out.block >= 50);
                         pool.seat(Queue::Resting, out, 1, 100);
@@ -528,7 +534,7 @@ mod tests {
         pool.wait(true);
         let mut kept = Vec::new();
         for new in 10..14 {
-            let Victim::Zap(out) = pool.choose(7, 101) else {
+            let Victim::Zap(out) = pool.choose(7, 101, 0) else {
                 panic!("thread 7 has the turn")
             };
             assert!(!kept.contains(&out));
@@ -536,12 +542,12 @@ mod tests {
             pool.given(7, seat(new), 101);
             kept.push(seat(new));
             if new < 13 {
-                assert_eq!(pool.choose(8, 101), Victim::NotNow);
+                assert_eq!(pool.choose(8, 101, 0), Victim::NotNow);
             }
         }
-        assert_eq!(pool.choose(7, 101), Victim::NotNow, "it has moved on");
+        assert_eq!(pool.choose(7, 101, 0), Victim::NotNow, "it has moved on");
         assert!(
-            matches!(pool.choose(8, 101), Victim::Zap(_)),
+            matches!(pool.choose(8, 101, 0), Victim::Zap(_)),
             "the next one's turn"
         );
     }

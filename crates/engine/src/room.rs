@@ -152,21 +152,14 @@ impl Engine {
     ///
     /// The caller may own blocks, but holds no lock; nothing here waits for an owned block.
     pub(crate) fn make_room(&self, body: &Body, bytes: u64, thread: u32, lead: &mut Lead) -> bool {
-        let mut fruitless = 0;
+        let (mut fruitless, mut passed) = (0, 0);
         loop {
             let full = match self.reserve(body, bytes) {
                 Ok(()) => return true,
                 Err(pool) => pool,
             };
-            let victim = self.victim_of(full, thread);
-            let progress = match victim {
-                Victim::NotNow => return false,
-                Victim::Zap(seat) => {
-                    self.with_seat(seat, |victim| evict::zap(self, victim, seat.block))
-                }
-                Victim::Release(seat) => self.with_seat(seat, |victim| {
-                    evict::release(self, victim, seat.block, lead)
-                }),
+            let Some(progress) = self.one_leaves(full, thread, &mut passed, lead) else {
+                return false;
             };
             fruitless = if progress { 0 } else { fruitless + 1 };
             // Everything that could leave has been looked at and cannot: pinned, owned, or not writable.
@@ -176,38 +169,84 @@ impl Engine {
         }
     }
 
+    /// Has the next victim of `full` unmapped or released. False if that one could not leave, `None` if
+    /// nobody can now. `passed` counts the resting blocks that could not, one after the other.
+    fn one_leaves(
+        &self,
+        full: &Pool,
+        thread: u32,
+        passed: &mut usize,
+        lead: &mut Lead,
+    ) -> Option<bool> {
+        match self.victim_of(full, thread, *passed) {
+            Victim::NotNow => None,
+            Victim::Zap(seat) => Some(self.with_seat(seat, |victim| {
+                let left = evict::zap(self, victim, seat.block);
+                if left && *passed > 0 {
+                    // It rests behind all those that cannot leave: do not wait for its turn.
+                    evict::release(self, victim, seat.block, lead);
+                }
+                left
+            })),
+            Victim::Release(seat) => {
+                let left = self.with_seat(seat, |victim| {
+                    evict::release(self, victim, seat.block, lead)
+                });
+                *passed = if left { 0 } else { *passed + 1 };
+                Some(left)
+            }
+        }
+    }
+
+    /// Makes the kernel's own room for `body`: it refused memory that the limit allows, since others take
+    /// huge pages from the same pool. True if some was released; the next claim may still fail.
+    pub(crate) fn make_way(&self, body: &Body, thread: u32, lead: &mut Lead) -> bool {
+        let pool = self.pool_of(body);
+        for _ in 0..64 + pool.entries() * 2 {
+            match pool.choose(thread, self.now_ms(), 0) {
+                Victim::NotNow => return false,
+                Victim::Zap(seat) => {
+                    self.with_seat(seat, |victim| evict::zap(self, victim, seat.block));
+                }
+                Victim::Release(seat) => {
+                    let ours = self.with_seat(seat, |victim| {
+                        evict::release(self, victim, seat.block, lead)
+                            && victim.memory.kind() == body.memory.kind()
+                    });
+                    if ours {
+                        return true;
+                    }
+                }
+            }
+        }
+        false
+    }
+
     /// Evicts until the process is no longer over its limit, or nothing has left for a while: blocks are
     /// owned for moments, and those just mapped are kept for their threads.
     pub(crate) fn shrink(&'static self) {
         let mut lead = Lead::none(self);
-        let mut progress = Instant::now();
+        let (mut progress, mut passed) = (Instant::now(), 0);
         while self.pool.over() && progress.elapsed() < NOTHING_LEAVES {
-            let left = match self.victim_of(&self.pool, 0) {
-                Victim::NotNow => {
+            match self.one_leaves(&self.pool, 0, &mut passed, &mut lead) {
+                Some(true) => progress = Instant::now(),
+                Some(false) => {}
+                None => {
                     std::thread::sleep(Duration::from_millis(1));
-                    false
+                    passed = 0;
                 }
-                Victim::Zap(seat) => {
-                    self.with_seat(seat, |victim| evict::zap(self, victim, seat.block))
-                }
-                Victim::Release(seat) => self.with_seat(seat, |victim| {
-                    evict::release(self, victim, seat.block, &mut lead)
-                }),
-            };
-            if left {
-                progress = Instant::now();
             }
         }
     }
 
     /// Who leaves `full`. When the process is full, regions with pools of their own give too.
-    fn victim_of(&self, full: &Pool, thread: u32) -> Victim {
-        match full.choose(thread, self.now_ms()) {
+    fn victim_of(&self, full: &Pool, thread: u32, passed: usize) -> Victim {
+        match full.choose(thread, self.now_ms(), passed) {
             Victim::NotNow if std::ptr::eq(full, &*self.pool) => self
                 .bodies()
                 .iter()
                 .filter_map(|body| body.own_pool.clone())
-                .map(|pool| pool.choose(thread, self.now_ms()))
+                .map(|pool| pool.choose(thread, self.now_ms(), passed))
                 .find(|victim| *victim != Victim::NotNow)
                 .unwrap_or(Victim::NotNow),
             victim => victim,
@@ -254,8 +293,8 @@ impl Engine {
     }
 }
 
-/// Claims a block for eviction out of `from`. One that is pinned, or owned for the moment, keeps a place
-/// in the queue it was taken from; the entry of one that has gone elsewhere is dropped. One that is being
+/// Claims a block for eviction out of `from`. One that is pinned, or that its owner will give back to the
+/// same queue, keeps a place there; the entry of one that has gone elsewhere is dropped. One that is being
 /// filled has gone elsewhere too: its entry is from before, and the fill that looks for room would find
 /// itself as its only victim again and again.
 pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State) -> bool {
@@ -266,7 +305,10 @@ pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State
     }
     let closed = table.closed;
     drop(table);
-    if !closed && (state == from || (state.exclusive() && state != State::Filling)) {
+    // Evictions and fills put their block into a queue themselves at the end. An entry kept here for them
+    // would name a block that is not in the queue's state any more.
+    let stays = state == from || matches!(state, State::Cleaning | State::Writing);
+    if !closed && stays {
         let queue = if from == State::Resting {
             Queue::Resting
         } else {

@@ -55,6 +55,8 @@ pub struct Table {
     pub(crate) pins: HashMap<u32, Pins>,
     /// Pages that differ from their home; the store's consumer.
     pub(crate) home: DirtyMap,
+    /// Pages written to the store since it last said that they are durable.
+    unsynced: DirtyMap,
     /// Reads that may hang, by block: the ticket of the reader who still owns the fill.
     pub(crate) reads: HashMap<u32, u64>,
     /// Blocks whose memory a hung read may still write to.
@@ -97,6 +99,7 @@ impl Table {
             ghosts: vec![0; blocks],
             pins: HashMap::new(),
             home: DirtyMap::new(pages),
+            unsynced: DirtyMap::new(pages),
             reads: HashMap::new(),
             hung: HashMap::new(),
             errors: Vec::new(),
@@ -227,6 +230,32 @@ impl Table {
     /// True if a device may be writing to the block.
     pub(crate) fn write_pinned(&self, block: u32) -> bool {
         self.pins.get(&block).is_some_and(|pins| pins.writers > 0)
+    }
+
+    /// Notes that pages were written to the store.
+    pub(crate) fn written(&mut self, pages: Range<usize>) {
+        self.unsynced.insert(pages);
+    }
+
+    /// The pages written since the store was last asked to make them durable.
+    pub(crate) fn take_unsynced(&mut self) -> DirtyMap {
+        let pages = self.unsynced.pages();
+        if self.unsynced.count() == 0 {
+            return DirtyMap::new(0);
+        }
+        std::mem::replace(&mut self.unsynced, DirtyMap::new(pages))
+    }
+
+    /// The store could not make `pages` durable, and nobody can say which of them it has: what is still
+    /// in memory is dirty again.
+    pub(crate) fn not_durable(&mut self, pages: &DirtyMap, pages_per_block: usize) {
+        for run in pages.runs(0..pages.pages()) {
+            for page in run {
+                if self.state((page / pages_per_block) as u32) != State::Absent {
+                    self.home.insert(page..page + 1);
+                }
+            }
+        }
     }
 
     /// ORs a harvest of evidence into the map of every consumer.

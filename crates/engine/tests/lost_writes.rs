@@ -70,7 +70,11 @@ fn hold_against(kind: Kind, rounds: usize, disturb: impl Fn(&Region, &mut Random
 }
 
 fn rounds(kind: Kind) -> usize {
-    if kind.block == HUGE { 4_000 } else { 30_000 }
+    match kind.block {
+        SMALL => 8_000,
+        HUGE => 800,
+        _ => 3_000,
+    }
 }
 
 /// A whole block of the region, at random.
@@ -170,6 +174,7 @@ fn writes_by_system_calls_are_not_lost() {
                     region.evict(block as u64, kind.block as u64).unwrap();
                 }
             }
+            println!("{kind:?}: {:?}", region.stats());
             region.close().unwrap();
             assert!(store.to_vec() == expected, "{kind:?}");
         }

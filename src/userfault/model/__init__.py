@@ -34,6 +34,7 @@ from userfault.model.scheduler import Scheduler, TraceLine
 from userfault.model.step import Op, Sleep
 from userfault.model.system_calls import SystemCalls
 from userfault.model.thread import Deadlock, Thread
+from userfault.model.userfaultfd import Scan, Userfaultfd
 
 __all__ = [
     "Counterexample",
@@ -46,6 +47,7 @@ __all__ = [
     "Pct",
     "Process",
     "RandomWalks",
+    "Scan",
     "Scenario",
     "Scheduler",
     "Sleep",
@@ -53,6 +55,7 @@ __all__ = [
     "SystemCalls",
     "Thread",
     "TraceLine",
+    "Userfaultfd",
     "World",
     "always",
     "at_the_end",

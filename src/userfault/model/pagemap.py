@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from userfault import abi
-from userfault.model.errnos import EFAULT, EINVAL, EPERM
+from userfault.model.errnos import EFAULT, EINVAL, ENOTTY, EPERM
 from userfault.model.layout import HUGE_PAGE, PAGE, PUD_SPAN, TASK_SIZE, round_up
 from userfault.model.pagetable import WP_MARKER, Entry, Marker, Present, PteTable
 from userfault.model.thp import split_pmd
@@ -81,6 +81,8 @@ class ScanReply(NamedTuple):
 
 def pagemap_scan(mm: AddressSpace, scan: Scan) -> ScanReply:
     """PAGEMAP_SCAN (do_pagemap_scan). One step: the walk holds the mmap lock."""
+    if mm.kernel.version < (6, 7):
+        return ScanReply(ENOTTY, 0, [])
     known = 0x1FF if mm.kernel.version >= (6, 13) else 0xFF  # GUARD came later
     masks = scan.category_mask | scan.category_anyof_mask | scan.category_inverted | scan.return_mask
     if scan.flags & ~3 or masks & ~known or scan.start % PAGE:

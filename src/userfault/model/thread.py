@@ -122,6 +122,10 @@ class Thread:
         self.program = None
         self.next = "finished"
 
+    def abandon(self) -> None:
+        """Forget what it was doing, as if it had never begun."""
+        self._end()
+
     def signal(self, name: str) -> None:
         """Send a signal that has a handler (pthread_kill)."""
         self.signals.append(name)

@@ -13,8 +13,15 @@ _ASYNC: Final = 0x8000
 def left_out(row: dict[str, Any]) -> frozenset[str]:
     """Fields that are not compared unless asked for: `excl` depends on how a page was made; so does `scan`,
     which counts only where tracking by WP_ASYNC is the subject."""
-    tracking = row["section"] == "wp_async" or bool(int(row.get("features", "0"), 16) & _ASYNC)
+    tracking = row["section"] == "wp_async" or bool(_number(row.get("features")) & _ASYNC)
     return frozenset(("excl",)) if tracking else frozenset(("excl", "scan"))
+
+
+def _number(text: Any) -> int:
+    try:
+        return int(text, 16)
+    except (TypeError, ValueError):
+        return 0
 
 
 def differences(measured: dict[str, Any], shown: dict[str, Any], *, strict: bool = False) -> list[str]:

@@ -334,17 +334,14 @@ class Probe:
             place = access.translate(mm, address, False)
             readable = vma is not None and place is not None and (vma.read or vma.write or vma.execute)
             seen["b"] = place[0].content.read(place[1], 1)[0] if readable and place is not None else None
-        if self.kernel.version >= (6, 7):
-            end = address + (memory.page_size if memory.huge else PAGE)
-            known = 0x1FF if self.kernel.version >= (6, 13) else 0xFF  # the probe leaves GUARD out there
-            reply = pagemap_scan(mm, Scan(address, end, 0, 0, known, 0, known, 0, 1))
-            if reply.errno:
-                seen["scan"] = "ERR:" + errno_name(reply.errno)
-            else:
-                found = reply.regions[0].categories if reply.regions else 0
-                seen["scan"] = "|".join(name for bit, name in enumerate(SCAN_NAMES) if found >> bit & 1)
+        end = address + (memory.page_size if memory.huge else PAGE)
+        known = 0x1FF if self.kernel.version >= (6, 13) else 0xFF  # the probe leaves GUARD out there
+        reply = pagemap_scan(mm, Scan(address, end, 0, 0, known, 0, known, 0, 1))
+        if reply.errno:
+            seen["scan"] = "ERR:" + errno_name(reply.errno)
         else:
-            seen["scan"] = "ERR:ENOTTY"
+            found = reply.regions[0].categories if reply.regions else 0
+            seen["scan"] = "|".join(name for bit, name in enumerate(SCAN_NAMES) if found >> bit & 1)
         if cache and memory.file is not None:
             file = memory.file
             if not memory.huge:

@@ -69,12 +69,12 @@ def run(p: Probe, name: str, parts: list[str]) -> None:
 def _api(p: Probe, version: int, features: int, uid: int, flags: int) -> None:
     p.see("args", {"api": f"{version:#x}", "features": f"{features:#x}", "uid": uid, "flags": flags})
     p.process.privileged = not uid
-    try:
-        uffd = p.uffd_open(flags)
-    except SystemCallError as error:
-        p.see("open", {"ok": 0, "errno": errno_name(error.errno)})
+    opened: list[Uffd] = []
+    answer = _attempt(lambda: opened.append(p.uffd_open(flags)))
+    p.see("open", {"ok": len(opened), "errno": answer[1]})
+    if not opened:
         return
-    p.see("open", {"ok": 1, "errno": "ok"})
+    uffd = opened[0]
     p.see(
         "fcntl", {"fl": _status_flags(uffd), "fd_cloexec": int(uffd.number in p.process.descriptors.cloexec)}
     )
@@ -174,12 +174,10 @@ def _system_call_flags(p: Probe) -> None:
 
 def _device(p: Probe) -> None:
 
-    try:
-        open_device(p.process)
-    except SystemCallError as error:
-        p.see("open", errno_name(error.errno))
+    opened = _attempt(lambda: open_device(p.process))
+    p.see("open", opened[1])
+    if opened[0]:
         return
-    p.see("open", "ok")
     rows = []
     for flags in (0, 1, 2, O_CLOEXEC, O_NONBLOCK, O_CLOEXEC | O_NONBLOCK | 1):
         try:
@@ -205,7 +203,11 @@ def _attempt(call: Any) -> list[Any]:
 
 def _device_unprivileged(p: Probe) -> None:
 
-    open_device(p.process)
+    try:
+        open_device(p.process)
+    except SystemCallError as error:
+        p.see("open", errno_name(error.errno))
+        return
     p.process.privileged = False
     p.see("open_as_nobody", _attempt(lambda: open_device(p.process))[1])
     opened: list[int] = []

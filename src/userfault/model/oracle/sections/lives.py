@@ -31,6 +31,7 @@ from userfault.model.oracle.probe import (
     Seen,
     Uffd,
     kernel_write,
+    result,
     user_read,
     user_write,
 )
@@ -39,6 +40,7 @@ from userfault.model.oracle.sections.processes import Pause, event_number, pause
 from userfault.model.pagecache import File
 from userfault.model.pagemap import Scan, pagemap_scan
 from userfault.model.process import Process
+from userfault.model.reply import Reply
 from userfault.model.step import Op
 from userfault.model.thread import Thread
 
@@ -180,7 +182,7 @@ def _exec(p: Probe, cloexec: bool) -> None:
 
 def _closed(p: Probe, errno: int) -> None:
     """Every call on a closed descriptor fails alike; the structs keep what they held."""
-    failed = {"ret": -1, "errno": errno_name(errno)}
+    failed = Reply(errno)
     for name in (
         "copy",
         "zeropage",
@@ -192,8 +194,7 @@ def _closed(p: Probe, errno: int) -> None:
         "register",
         "unregister",
     ):
-        fields = {} if name in ("writeprotect", "wake", "unregister") else {"out": "untouched"}
-        p.see(name, {**failed, **fields})
+        p.see(name, result(failed, None if name in ("writeprotect", "wake", "unregister") else "out"))
     p.see("read", [-1, errno_name(errno)])
 
 
@@ -209,7 +210,6 @@ def _fork_without_event(p: Probe, kind: str) -> None:
     def child(thread: Thread) -> Op[None]:
         from userfault.model.fill import Fill
         from userfault.model.fill_copy import copy
-        from userfault.model.oracle.probe import result
 
         process = thread.process
         p.see("child_vmflags", p.vmflags(DST, memory.length, process))
@@ -549,8 +549,6 @@ def _scan(
     if p.kernel.version < (6, 13):
         returned &= ~abi.PAGE_IS_GUARD  # the probe leaves it out there
     scan = Scan(start, end, flags, mask, anyof, inverted, returned, most, vector)
-    if p.kernel.version < (6, 7):
-        return {"ret": -1, "errno": "ENOTTY", "walk_end": -start, "regions": []}
     reply = pagemap_scan(p.process.mm, scan)
     regions = [[region.start - start, region.end - start, region.categories] for region in reply.regions]
     return {

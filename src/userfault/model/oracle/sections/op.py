@@ -12,14 +12,36 @@ from userfault.model.oracle.sections import Unsupported
 from userfault.model.pagemap import pagemap_entry
 
 STATES = (
-    "none", "present", "zeropage", "present_pagecache", "cache_only", "wp_present", "wp_zeropage",
-    "wp_present_pagecache", "wp_marker_none", "wp_marker_cache", "poison_marker", "swapped", "wp_swapped",
-)  # fmt: skip
+    "none",
+    "present",
+    "zeropage",
+    "present_pagecache",
+    "cache_only",
+    "wp_present",
+    "wp_zeropage",
+    "wp_present_pagecache",
+    "wp_marker_none",
+    "wp_marker_cache",
+    "poison_marker",
+    "swapped",
+    "wp_swapped",
+)
 
 OPERATIONS = (
-    "copy", "copy_wp", "zeropage", "continue", "continue_wp", "writeprotect", "unwriteprotect", "move_dst",
-    "move_src", "move_src_holes", "poison", "wake", "unregister",
-)  # fmt: skip
+    "copy",
+    "copy_wp",
+    "zeropage",
+    "continue",
+    "continue_wp",
+    "writeprotect",
+    "unwriteprotect",
+    "move_dst",
+    "move_src",
+    "move_src_holes",
+    "poison",
+    "wake",
+    "unregister",
+)
 
 
 def run(p: Probe, name: str, parts: list[str]) -> None:

@@ -142,10 +142,11 @@ impl Engine {
             Answer::Refill => {
                 table.claim(block, Purpose::Refill);
                 if body.memory.shared() {
-                    // The program gave the page back (MADV_REMOVE): it is zeros from here on.
+                    // The program gave the page back (MADV_REMOVE): it is zeros from here on. Or the message is
+                    // an old one, and the program has unmapped the page since. Mapping the block again hides
+                    // what the program unmapped of it, so all of it counts as dirty.
                     if body.writable() {
-                        let page = offset / body.memory.page();
-                        table.mark_dirty(page..page + 1);
+                        table.mark_dirty(body.pages(block));
                     }
                     drop(table);
                     self.map_in_memory(&body, block);
@@ -191,6 +192,7 @@ impl Engine {
     pub(crate) fn bring_back(&self, body: &Arc<Body>, block: u32) {
         self.map_in_memory(body, block);
         add(&body.counters.hits, 1);
+        self.seat(body, block, Queue::Main);
     }
 
     /// Maps what is missing of a resident block, whose pages are in memory.
@@ -199,7 +201,6 @@ impl Engine {
         let mut table = body.lock();
         let _ = body.release(&mut table, block, State::Resident);
         drop(table);
-        self.seat(body, block, Queue::Main);
         self.wake(body, block);
     }
 
@@ -236,7 +237,6 @@ impl Engine {
                 let mut table = body.lock();
                 let _ = body.release(&mut table, block, State::Resident);
                 drop(table);
-                self.seat(body, block, Queue::Main);
                 self.wake(body, block);
             }
             Err(error) => {
@@ -357,9 +357,13 @@ impl Engine {
                     // No evidence of writes on this kernel: what is mapped writable counts as dirty.
                     table.mark_dirty(body.pages(block));
                 }
-                // The mapping woke everybody who slept on the block.
-                let _ = body.release(&mut table, block, State::Resident);
+                // The mapping woke everybody who slept on the block then. Who waits now came later: the
+                // program has unmapped the block meanwhile.
+                let waited = body.release(&mut table, block, State::Resident);
                 drop(table);
+                if waited {
+                    self.wake(body, block);
+                }
                 self.settle_tables(body);
                 self.seat(
                     body,

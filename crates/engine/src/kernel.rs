@@ -18,7 +18,6 @@ use userfault_uffd::{Fill, Filled, Scan, fill};
 use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::memory::Kind;
 use crate::table::Table;
 
 /// Ranges that one call of PAGEMAP_SCAN reports at most.
@@ -235,10 +234,11 @@ impl Engine {
         };
         let mut written = Vec::new();
         let mut scanned = self.scan(body, pages.clone(), &scan, |range| written.push(range));
-        if body.memory.kind() == Kind::Hugetlb && scanned.is_ok() {
-            // A hugetlb page that the program itself unmapped is not WRITTEN, whatever it was before.
+        if scanned.is_ok() {
+            // What the program itself unmapped is WRITTEN only as far as its page table is still there, and on
+            // hugetlb never: neither present nor a marker is dirty too.
             let present = Scan {
-                all_of: PAGE_IS_PRESENT,
+                any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 report: PAGE_IS_PRESENT,
                 ..Scan::default()
             };

@@ -295,7 +295,7 @@ impl Engine {
 
 /// Claims a block for eviction out of `from`. One that is pinned, or that its owner will give back to the
 /// same queue, keeps a place there; the entry of one that has gone elsewhere is dropped. One that is being
-/// filled has gone elsewhere too: its entry is from before, and the fill that looks for room would find
+/// brought in has gone elsewhere too: its entry is from before, and the fill that looks for room would find
 /// itself as its only victim again and again.
 pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State) -> bool {
     let mut table = body.lock();
@@ -303,11 +303,13 @@ pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State
     if state == from && table.claim(block, Purpose::Evict) {
         return true;
     }
-    let closed = table.closed;
+    let (closed, refilling) = (table.closed, table.refilling(block));
     drop(table);
     // Evictions and fills put their block into a queue themselves at the end. An entry kept here for them
-    // would name a block that is not in the queue's state any more.
-    let stays = state == from || matches!(state, State::Cleaning | State::Writing);
+    // would name a block that is not in the queue's state any more. A refill gives back what it took.
+    let stays = state == from
+        || matches!(state, State::Cleaning | State::Writing)
+        || (from == State::Resident && refilling);
     if !closed && stays {
         let queue = if from == State::Resting {
             Queue::Resting

@@ -15,6 +15,9 @@ use crate::error::Error;
 /// Somebody faulted on the block while it was owned: wake it at the end.
 const WAITED: u8 = 1;
 
+/// The owner puts back pages of a block that is resident before and after.
+const REFILLING: u8 = 2;
+
 /// A block that could not be had.
 #[derive(Debug, Clone)]
 pub struct BlockError {
@@ -188,8 +191,16 @@ impl Table {
         let Some(next) = block::claim(state, purpose) else {
             return false;
         };
+        if purpose == Purpose::Refill {
+            self.flags[block as usize] |= REFILLING;
+        }
         self.set(block, next);
         true
+    }
+
+    /// True while the owner puts back pages of a block that is resident before and after.
+    pub(crate) fn refilling(&self, block: u32) -> bool {
+        self.flags[block as usize] & REFILLING != 0
     }
 
     /// Ends ownership; true if somebody waits and must be woken.
@@ -198,7 +209,7 @@ impl Table {
         self.set(block, state);
         let flags = &mut self.flags[block as usize];
         let waited = *flags & WAITED != 0;
-        *flags &= !WAITED;
+        *flags &= !(WAITED | REFILLING);
         waited
     }
 

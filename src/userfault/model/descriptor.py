@@ -51,8 +51,8 @@ class ReadWait(Sleep):
 def read(thread: Thread, file: OpenFile, size: int, into: int | None = None) -> Op[list[abi.Message]]:
     """read(2): as many whole messages as fit into `size` bytes; sleeps for the first one only [M4, M7].
 
-    All pending faults come before any event, each kind first in, first out [M5]. `into`: the buffer's address;
-    None: one that is there. A buffer that is not to be had loses the message, and one that this
+    All pending faults come before any event, each kind first in, first out [M5]. `into`: the buffer's
+    address; None: one that is there. A buffer that is not to be had loses the message, and one that this
     userfaultfd serves makes the reader wait for itself [M6]. Raises SystemCallError.
     """
     ctx: Context = file.target

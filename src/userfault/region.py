@@ -274,5 +274,5 @@ def _flush_open_regions() -> None:
             continue
         try:
             region.flush()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever it is, the other regions are to be flushed too
             print(f"userfault: {region.name} could not be flushed at exit: {error}", file=sys.stderr)

@@ -219,6 +219,7 @@ def test_a_broken_file_is_named_and_told_what_is_wrong(tmp_path: Path, data: byt
     assert "broken.npy" in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 @example(None)

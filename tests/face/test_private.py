@@ -104,7 +104,7 @@ def test_an_arena_holds_ten_thousand_arrays_and_outlives_itself() -> None:
 def test_a_full_arena_says_how_much_is_left() -> None:
     arena = userfault.Arena(8192)
     arena.zeros(5000, np.uint8)
-    with pytest.raises(MemoryError, match="3136 of its 8192 bytes are left"):
+    with pytest.raises(MemoryError, match="3136 of the arena's 8192 bytes are left"):
         arena.zeros(4000, np.uint8)
     assert arena.used == 5000
 

@@ -18,7 +18,8 @@ use crate::table::{BlockError, Table};
 pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Error) {
     body.lock().turn_into(block, State::Poisoning);
     let (offset, len) = (body.start(block) as u64, body.block_len(block) as u64);
-    // Before the marker: a thread that meets it may be the last one of its process.
+    // Before the marker and the state: a thread that meets them may ask at once, or be the last of its process.
+    add(&body.counters.errors, 1);
     crate::say::line(&format!(
         "userfault: {}: {len} bytes at offset {offset} could not be read from {}: {cause}; touching them is \
          SIGBUS until heal({offset}, {len}) succeeds",
@@ -44,7 +45,6 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
         });
         let _ = body.release(&mut table, block, State::Poisoned);
     }
-    add(&body.counters.errors, 1);
     engine.wake(body, block);
 }
 

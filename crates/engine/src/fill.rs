@@ -142,9 +142,9 @@ impl Engine {
             Answer::Refill => {
                 table.claim(block, Purpose::Refill);
                 if body.memory.shared() {
-                    // The program gave the page back (MADV_REMOVE): it is zeros from here on. Or the message is
-                    // an old one, and the program has unmapped the page since. Mapping the block again hides
-                    // what the program unmapped of it, so all of it counts as dirty.
+                    // The program gave the page back (MADV_REMOVE): it is zeros from here on. Or the message
+                    // is older than the fill, and the program unmapped the page since: so the whole block
+                    // is dirty, as its other pages may be mapped anew now, too.
                     if body.writable() {
                         table.mark_dirty(body.pages(block));
                     }
@@ -357,11 +357,11 @@ impl Engine {
                     // No evidence of writes on this kernel: what is mapped writable counts as dirty.
                     table.mark_dirty(body.pages(block));
                 }
-                // The mapping woke everybody who slept on the block then. Who waits now came later: the
-                // program has unmapped the block meanwhile.
                 let waited = body.release(&mut table, block, State::Resident);
                 drop(table);
                 if waited {
+                    // The mapping woke those who slept on the block then. Since then the program may have
+                    // unmapped the page, and its next toucher may have been told to wait for us.
                     self.wake(body, block);
                 }
                 self.settle_tables(body);

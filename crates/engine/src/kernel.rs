@@ -102,13 +102,19 @@ impl Engine {
                 }
             });
             match filled {
-                Filled::Whole { .. } => return Ok(()),
+                Filled::Whole { skipped } => {
+                    if skipped > 0 {
+                        // EEXIST wakes nobody.
+                        let _ = self.uffd.wake(address, bytes.len());
+                    }
+                    return Ok(());
+                }
                 // The region's memory holds a page that it should not: write it through the view.
                 Filled::StalePage { at } => {
                     let at = from + at;
                     // SAFETY: the caller owns the block, and the page is in memory.
                     unsafe { body.memory.copy_in(start + at, &bytes[at..at + page]) };
-                    self.continue_range(body, start + at, page, true)?;
+                    self.continue_range(body, start + at, page)?;
                     from = at + page;
                 }
                 // No events are asked for, so this passes by itself.
@@ -125,10 +131,10 @@ impl Engine {
     /// Maps a block that is in memory, whole, and unmapped; wakes. Pages of it that are mapped already
     /// stay as they are.
     pub(crate) fn map_again(&self, body: &Body, block: u32) -> io::Result<()> {
-        self.continue_range(body, body.start(block), body.block_len(block), false)
+        self.continue_range(body, body.start(block), body.block_len(block))
     }
 
-    fn continue_range(&self, body: &Body, start: usize, len: usize, alone: bool) -> io::Result<()> {
+    fn continue_range(&self, body: &Body, start: usize, len: usize) -> io::Result<()> {
         let mode = if self.tracks(body) {
             UFFDIO_CONTINUE_MODE_WP
         } else {
@@ -143,7 +149,7 @@ impl Engine {
             });
             match filled {
                 Filled::Whole { skipped } => {
-                    if skipped > 0 && !alone {
+                    if skipped > 0 {
                         // EEXIST wakes nobody.
                         let _ = self.uffd.wake(address, len);
                     }
@@ -232,27 +238,19 @@ impl Engine {
             report: PAGE_IS_WRITTEN,
             max_pages: 0,
         };
+        // What the program itself unmapped has no entry to say that it was written: a hugetlb page, a whole
+        // table that the kernel freed (since 6.14), and before 6.18 any page. Neither there nor a marker.
+        let gone = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+        let unmapped = Scan {
+            inverted: gone,
+            all_of: gone,
+            report: gone,
+            ..scan
+        };
         let mut written = Vec::new();
-        let mut scanned = self.scan(body, pages.clone(), &scan, |range| written.push(range));
-        if scanned.is_ok() {
-            // What the program itself unmapped is WRITTEN only as far as its page table is still there, and on
-            // hugetlb never: neither present nor a marker is dirty too.
-            let present = Scan {
-                any_of: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-                report: PAGE_IS_PRESENT,
-                ..Scan::default()
-            };
-            let mut next = pages.start;
-            scanned = self.scan(body, pages.clone(), &present, |range| {
-                if range.start > next {
-                    written.push(next..range.start);
-                }
-                next = range.end;
-            });
-            if next < pages.end {
-                written.push(next..pages.end);
-            }
-        }
+        let scanned = self
+            .scan(body, pages.clone(), &scan, |range| written.push(range))
+            .and_then(|()| self.scan(body, pages.clone(), &unmapped, |range| written.push(range)));
         if scanned.is_ok() {
             written
         } else {

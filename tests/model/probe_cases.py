@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from userfault.model.oracle.memory import KINDS, MODE_NAMES
-from userfault.model.oracle.sections import lives, misc, moves, op, ranges, vmops, wakes
+from userfault.model.oracle.sections import (
+    kernel_accesses,
+    lives,
+    moves,
+    op,
+    page_lives,
+    ranges,
+    vmops,
+    wakes,
+)
 
 FILES = KINDS[3:]
 HUGE = KINDS[5:]
@@ -242,9 +251,9 @@ def _misc() -> Iterator[str]:
         "anon/missing/none/user_mode_only",
         "anon/missing/none/sigbus",
     ):
-        yield from (f"kaccess/{setting}/{access}" for access in misc.ACCESSES)
-    yield from (f"misc/{case}" for case in misc._PLAIN)
-    for case in misc._BY_MEMORY:
+        yield from (f"kaccess/{setting}/{access}" for access in kernel_accesses.ACCESSES)
+    yield from (f"misc/{case}" for case in page_lives._PLAIN)
+    for case in page_lives._BY_MEMORY:
         for kind in FIVE:
             if kind == "anon" and case in ("eof", "wp_alias_write"):
                 continue

@@ -41,9 +41,11 @@ class Continue:
     reads_source = False
 
     def accepts(self, vma: Vma) -> bool:
+        """The kind of memory can be filled so."""
         return vma.shmem or vma.hugetlb
 
     def small(self, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool) -> int:
+        """One 4 KiB page: 0 or -errno."""
         assert vma.file is not None
         if vma.beyond_end_of_file(at):
             return -EINVAL
@@ -51,6 +53,7 @@ class Continue:
         return -EFAULT if page is None else install(mm, vma, at, page, protect)
 
     def huge(self, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool) -> int:
+        """One 2 MiB page of hugetlb: 0 or -errno."""
         assert vma.file is not None
         page = vma.file.page(vma.index(at))
         return -EFAULT if page is None else install_huge(mm, vma, at, page, protect)

@@ -42,9 +42,11 @@ class Copy:
     reads_source = True
 
     def accepts(self, vma: Vma) -> bool:
+        """The kind of memory can be filled so."""
         return True
 
     def small(self, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool) -> int:
+        """One 4 KiB page: 0 or -errno."""
         assert content is not None
         if vma.shared:
             return add_to_file(mm, vma, at, content, protect)

@@ -29,9 +29,11 @@ class Poison:
     reads_source = False
 
     def accepts(self, vma: Vma) -> bool:
+        """The kind of memory can be filled so."""
         return True
 
     def small(self, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool) -> int:
+        """One 4 KiB page: 0 or -errno."""
         if vma.file is not None and vma.beyond_end_of_file(at):
             return -EFAULT
         if mm.table.pte(at) is not None:
@@ -40,6 +42,7 @@ class Poison:
         return 0
 
     def huge(self, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool) -> int:
+        """One 2 MiB page of hugetlb: 0 or -errno."""
         if mm.table.pmd(at) is not None:
             return -EEXIST
         mm.table.set_pmd(at, POISON_MARKER)

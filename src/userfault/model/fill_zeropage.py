@@ -31,9 +31,11 @@ class Zeropage:
     reads_source = False
 
     def accepts(self, vma: Vma) -> bool:
+        """The kind of memory can be filled so."""
         return not vma.hugetlb
 
     def small(self, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool) -> int:
+        """One 4 KiB page: 0 or -errno."""
         if vma.shared:
             return add_to_file(mm, vma, at, ZERO, protect)
         if vma.file is not None and vma.beyond_end_of_file(at):
@@ -44,6 +46,7 @@ class Zeropage:
         return 0
 
     def huge(self, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool) -> int:
+        """One 2 MiB page of hugetlb: 0 or -errno."""
         return -EINVAL
 
 

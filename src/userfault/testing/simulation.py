@@ -102,8 +102,11 @@ class SimulatedProcess:
     def map(
         self, length: int, *, kind: str = "anonymous", shared: bool = True, file: File | None = None
     ) -> SimulatedMemory:
-        """Map memory. kind: "anonymous", "shmem" or "hugetlb"; shared counts for the last two. `file`: map an
-        object again, through another address (a view)."""
+        """Map `length` bytes.
+
+        kind: "anonymous", "shmem" or "hugetlb"; shared counts for the last two. `file`: map an object again,
+        through another address (a view). Raises ValueError for another kind.
+        """
         kind = file.kind if file is not None else kind
         size = HUGE_PAGE if kind == "hugetlb" else PAGE
         length = round_up(length, size)
@@ -118,7 +121,7 @@ class SimulatedProcess:
         return SimulatedMemory(address, length, size, file)
 
     def peek(self, address: int, length: int) -> bytes:
-        """The bytes there, read at once by the handler's thread.
+        """`length` bytes there, read at once by the handler's thread.
 
         Raises MemoryFault, or Deadlock where it would have to wait for itself."""
         return self._do(SystemCalls(self._handler).load(address, length))
@@ -146,7 +149,7 @@ class SimulatedProcess:
     # Threads.
 
     def read(self, address: int, length: int = 1) -> Running[bytes]:
-        """A new thread reads bytes, as the processor does."""
+        """A new thread reads `length` bytes, as the processor does."""
         return self.start(lambda t: t.load(address, length), "reader")
 
     def write(self, address: int, data: bytes) -> Running[None]:
@@ -154,7 +157,7 @@ class SimulatedProcess:
         return self.start(lambda t: t.store(address, data), "writer")
 
     def madvise(self, address: int, length: int, advice: str) -> Running[None]:
-        """A new thread gives advice, as in "DONTNEED"; it sleeps until its event is read."""
+        """A new thread gives advice on `length` bytes, as in "DONTNEED"; it sleeps until the event is read."""
         return self.start(lambda t: t.madvise(address, length, advice), "madvise")
 
     def fork(self, program: Callable[[SystemCalls], Op[Any]]) -> Running[Process]:
@@ -196,11 +199,11 @@ class SimulatedProcess:
         return self._now
 
     def after(self, seconds: float, action: Callable[[], object]) -> None:
-        """Call `action` when so much simulated time has passed."""
+        """Call `action` when so many simulated seconds have passed."""
         heapq.heappush(self._timers, (self._now + seconds, next(self._names), action))
 
     def advance(self, seconds: float) -> None:
-        """Let time pass; what was planned with `after` happens in its order."""
+        """Let so many seconds pass; what was planned with `after` happens in its order."""
         end = self._now + seconds
         while self._timers and self._timers[0][0] <= end:
             self._now, _, action = heapq.heappop(self._timers)
@@ -211,8 +214,10 @@ class SimulatedProcess:
     # Failures.
 
     def fail_next(self, uffd: Userfaultfd, call: str, errno: int, *, done: int = 0, times: int = 1) -> None:
-        """Make the next `times` calls of a method fail: bytes `done`, and the errno (Linux's number). They do
-        nothing, as if something had come first."""
+        """Make the next `times` calls of a method fail: bytes `done`, and the errno (Linux's number).
+
+        They do nothing, as if something had come first. Raises ValueError for what is no method.
+        """
         if not callable(getattr(Userfaultfd, call, None)):
             raise ValueError(f"{call!r} is no method of Userfaultfd")
         uffd.planned.setdefault(call, []).extend([abi.Outcome(done, errno)] * times)

@@ -61,6 +61,7 @@ class Accessor:
 
     @property
     def done(self) -> int:
+        """1 if it has ended, as the probe writes it."""
         return int(self.thread.done)
 
     def seen(self, base: int) -> Seen:
@@ -93,36 +94,47 @@ class Uffd:
         return self.probe.call(operation(thread))
 
     def fill(self, which: Callable[[Thread, Context, Fill | None], Op[Reply]], args: Fill | None) -> Seen:
+        """Any fill; `args` None: a bad pointer."""
         return result(self._run(lambda thread: which(thread, self.ctx, args)), "out")
 
     def copy(self, dst: int, src: int, length: int, mode: int = 0) -> Seen:
+        """UFFDIO_COPY."""
         return self.fill(copy, Fill(dst, length, mode, src))
 
     def zero(self, dst: int, length: int, mode: int = 0) -> Seen:
+        """UFFDIO_ZEROPAGE."""
         return self.fill(zeropage, Fill(dst, length, mode))
 
     def cont(self, dst: int, length: int, mode: int = 0) -> Seen:
+        """UFFDIO_CONTINUE."""
         return self.fill(continue_, Fill(dst, length, mode))
 
     def poison(self, dst: int, length: int, mode: int = 0) -> Seen:
+        """UFFDIO_POISON."""
         return self.fill(poison, Fill(dst, length, mode))
 
     def move(self, dst: int, src: int, length: int, mode: int = 0) -> Seen:
+        """UFFDIO_MOVE."""
         return self.fill(move, Fill(dst, length, mode, src))
 
     def wp(self, start: int, length: int, mode: int) -> Seen:
+        """UFFDIO_WRITEPROTECT."""
         return result(self._run(lambda thread: writeprotect(thread, self.ctx, start, length, mode)), None)
 
     def wake(self, start: int, length: int) -> Seen:
+        """UFFDIO_WAKE."""
         return result(self._run(lambda thread: wake(thread, self.ctx, start, length)), None)
 
     def register(self, start: int, length: int, mode: int) -> Seen:
+        """UFFDIO_REGISTER."""
         return result(self._run(lambda thread: register(thread, self.ctx, start, length, mode)), "ioctls")
 
     def unregister(self, start: int, length: int) -> Seen:
+        """UFFDIO_UNREGISTER."""
         return result(self._run(lambda thread: unregister(thread, self.ctx, start, length)), None)
 
     def readable(self) -> bool:
+        """poll says that a message waits."""
         return bool(poll(self.file) & 1)
 
     def read(self, size: int = 32) -> list[abi.Message]:
@@ -130,12 +142,14 @@ class Uffd:
         return self.probe.call(read(self.probe.caller, self.file, size))
 
     def read_one(self) -> abi.Message | None:
+        """One message, or None."""
         try:
             return self.read()[0]
         except SystemCallError:
             return None
 
     def close(self) -> None:
+        """close(2)."""
         self.probe.close(self.number, self.process)
 
 
@@ -213,9 +227,11 @@ class Probe:
         return accessor
 
     def settle(self) -> None:
+        """Let every thread run until all sleep."""
         self.scheduler.settle()
 
     def close(self, number: int, process: Process | None = None) -> None:
+        """close(2)."""
         file = (process or self.process).descriptors.remove(number)
         if file is not None and isinstance(file.target, Context):
             self.call(close_context(file.target))
@@ -223,6 +239,7 @@ class Probe:
     # Memory.
 
     def mmap(self, address: int, length: int, **options: Any) -> int:
+        """mmap(2) by the main thread; the options are those of `mapping.mmap`."""
         return self.call(
             mmap(self.caller, address, length, options.pop("protection", READ | WRITE), **options)
         )
@@ -244,6 +261,7 @@ class Probe:
         return memory
 
     def file(self, kind: str, size: int) -> Any:
+        """A new file of `size` bytes."""
         from userfault.model.pagecache import File
 
         return File(self.kernel, kind, size)
@@ -263,6 +281,7 @@ class Probe:
     # userfaultfd.
 
     def uffd_open(self, flags: int) -> Uffd:
+        """userfaultfd(2). Raises SystemCallError."""
         return Uffd(self, handshake.userfaultfd(self.caller.process, flags), self.caller.process)
 
     def uffd(self, features: int, flags: int = 0) -> Uffd:

@@ -1,12 +1,12 @@
-"""Who is woken by what; reading and polling (s_wake.c)."""
+"""Who is woken by what (s_wake.c)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from userfault import abi
-from userfault.model.descriptor import poll, read
-from userfault.model.errnos import EAGAIN, EINVAL, EOPNOTSUPP, SystemCallError, errno_name
+from userfault.model.descriptor import poll
+from userfault.model.errnos import errno_name
 from userfault.model.exit import exit_process
 from userfault.model.fork import fork
 from userfault.model.handshake import O_NONBLOCK, api
@@ -18,7 +18,6 @@ from userfault.model.oracle.probe import (
     REMOVE,
     THREAD_ID,
     Accessor,
-    Died,
     Probe,
     Seen,
     Uffd,
@@ -26,7 +25,7 @@ from userfault.model.oracle.probe import (
     user_read,
     user_write,
 )
-from userfault.model.oracle.sections import Unsupported
+from userfault.model.oracle.sections import Unsupported, reading
 from userfault.model.step import Op
 from userfault.model.thread import Thread
 from userfault.model.zap import punch
@@ -47,24 +46,6 @@ def run(p: Probe, name: str, parts: list[str]) -> None:
         raise Unsupported
 
 
-def _set_up(p: Probe, kind: str, mode: int, features: int) -> tuple[Memory, Uffd]:
-    """SETUP."""
-    memory = p.memory(kind)
-    uffd = p.uffd(features)
-    if uffd.register(DST, memory.length, mode)["ret"]:
-        p.see("die", "register")
-        raise Died
-    p.see("mem", kind)
-    p.see("mode", {1: "missing", 3: "missing+wp", 5: "missing+minor"}[mode])
-    p.see("features", f"{features:#x}")
-    return memory, uffd
-
-
-def _pending(uffd: Uffd) -> Seen:
-    """putpend."""
-    return {"pending": uffd.ctx.pending, "total": uffd.ctx.total}
-
-
 def _done(*accessors: Accessor) -> list[int]:
     """putdone."""
     return [accessor.done for accessor in accessors]
@@ -83,31 +64,25 @@ def _all(p: Probe, uffd: Uffd, thread: Thread | None = None) -> list[Seen]:
     return messages
 
 
-def _one(p: Probe, uffd: Uffd, thread: Thread | None = None) -> list[Seen]:
-    """rd1."""
-    message = uffd.read_one()
-    return [] if message is None else [p.message(message, DST, thread)]
-
-
 def _two_threads_same_page(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, THREAD_ID)
+    _, uffd = reading.set_up(p, "anon", MISSING, THREAD_ID)
     first = p.start(user_read(DST + 8))
     second = p.start(user_write(DST + 16, 5))
-    p.see("pend", _pending(uffd))
-    messages = _one(p, uffd, first.thread)
-    p.see("pend_after_1_read", _pending(uffd))
-    messages += _one(p, uffd, second.thread)
-    p.see("pend_after_2_reads", _pending(uffd))
+    p.see("pend", reading.pending(uffd))
+    messages = reading.one(p, uffd, first.thread)
+    p.see("pend_after_1_read", reading.pending(uffd))
+    messages += reading.one(p, uffd, second.thread)
+    p.see("pend_after_2_reads", reading.pending(uffd))
     p.see("messages", messages)
     p.see("copy", uffd.copy(DST, SRC, PAGE))
     p.settle()
     p.see("done", _done(first, second))
-    p.see("pend_end", _pending(uffd))
+    p.see("pend_end", reading.pending(uffd))
     p.see("note", "two threads, same page => two messages; one COPY wakes both")
 
 
 def _two_pages(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
+    _, uffd = reading.set_up(p, "anon", MISSING, 0)
     first = p.start(user_read(DST))
     second = p.start(user_read(DST + 2 * PAGE))
     p.see("messages", _all(p, uffd))
@@ -123,13 +98,13 @@ def _two_pages(p: Probe) -> None:
 
 
 def _copy_dontwake(p: Probe, kind: str) -> None:
-    memory, uffd = _set_up(p, kind, MISSING, 0)
+    memory, uffd = reading.set_up(p, kind, MISSING, 0)
     writer = p.start(user_write(DST, 7))
     p.see("messages", _all(p, uffd))
     p.see("copy_dontwake", uffd.copy(DST, SRC, memory.page_size, abi.UFFDIO_COPY_MODE_DONTWAKE))
     p.settle()
     p.see("done_after_dontwake", _done(writer))
-    p.see("pend", _pending(uffd))
+    p.see("pend", reading.pending(uffd))
     p.see("copy_again", uffd.copy(DST, SRC, memory.page_size))
     p.settle()
     p.see("done_after_eexist", _done(writer))
@@ -140,7 +115,7 @@ def _copy_dontwake(p: Probe, kind: str) -> None:
 
 
 def _wake_without_resolution(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
+    _, uffd = reading.set_up(p, "anon", MISSING, 0)
     writer = p.start(user_write(DST + 5, 7))
     messages: list[Seen] = []
     for i in range(3):
@@ -156,11 +131,11 @@ def _wake_without_resolution(p: Probe) -> None:
 
 
 def _wake_unread(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
+    _, uffd = reading.set_up(p, "anon", MISSING, 0)
     p.start(user_write(DST + 5, 7))
     p.see("wake_unread", uffd.wake(DST, PAGE))
     p.settle()
-    p.see("pend", _pending(uffd))
+    p.see("pend", reading.pending(uffd))
     p.see("wake_unread2", uffd.wake(DST, PAGE))
     messages = _all(p, uffd)
     p.see("msgs_read", len(messages))
@@ -168,27 +143,19 @@ def _wake_unread(p: Probe) -> None:
 
 
 def _copy_before_read(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
+    _, uffd = reading.set_up(p, "anon", MISSING, 0)
     writer = p.start(user_write(DST + 5, 7))
     p.see("poll_before", int(bool(poll(uffd.file))))
     p.see("copy", uffd.copy(DST, SRC, PAGE))
     p.settle()
     p.see("done", _done(writer))
     p.see("poll_after", int(bool(poll(uffd.file))))
-    p.see("read_after", _read_result(p, uffd, 32))
+    p.see("read_after", reading.read_result(p, uffd, 32))
     p.see("note", "resolved before being read: message vanishes")
 
 
-def _read_result(p: Probe, uffd: Uffd, size: int) -> list[Any]:
-    """[bytes, errno] of a read."""
-    try:
-        return [32 * len(uffd.read(size)), "ok"]
-    except SystemCallError as error:
-        return [-1, errno_name(error.errno)]
-
-
 def _range_matching(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
+    _, uffd = reading.set_up(p, "anon", MISSING, 0)
     writer = p.start(user_write(DST + PAGE + 5, 7))
     p.see("messages", _all(p, uffd))
     p.see("wake_page0", uffd.wake(DST, PAGE))
@@ -204,7 +171,7 @@ def _range_matching(p: Probe) -> None:
 
 
 def _eexist_does_not_wake(p: Probe) -> None:
-    memory, uffd = _set_up(p, "shmem_shared", MISSING, 0)
+    memory, uffd = reading.set_up(p, "shmem_shared", MISSING, 0)
     writer = p.start(user_write(DST, 7))
     p.see("messages", _all(p, uffd))
     p.poke(ALIAS, 0x55)
@@ -221,7 +188,7 @@ def _eexist_does_not_wake(p: Probe) -> None:
 
 
 def _partial_copy(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
+    _, uffd = reading.set_up(p, "anon", MISSING, 0)
     uffd.copy(DST + 2 * PAGE, SRC, PAGE)
     readers = [p.start(user_read(DST + page * PAGE)) for page in (0, 1, 3)]
     p.see("messages", _all(p, uffd))
@@ -233,139 +200,17 @@ def _partial_copy(p: Probe) -> None:
     p.see("done_after_eexist", _done(*readers))
 
 
-def _fifo(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
-    for page in (3, 1, 2):
-        p.start(user_read(DST + page * PAGE))
-    messages = uffd.read(8 * 32)
-    p.see("one_read_bytes", 32 * len(messages))
-    p.see("messages", [p.message(message, DST) for message in messages])
-    p.see("note", "faults on pages 3,1,2 in that order")
-
-
-def _buffer_sizes(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
-    p.see("reads_empty", [[size, *_read_result(p, uffd, size)] for size in (0, 1, 31, 32, 40, 64)])
-    p.start(user_read(DST))
-    p.start(user_read(DST + PAGE))
-    rows = []
-    for size in (0, 31, 33, 63):
-        rows.append([size, *_read_result(p, uffd, size)])
-        p.see(f"pend_after_{size}", _pending(uffd))
-    p.see("reads_2pending", rows)
-    p.see("wake", uffd.wake(DST, 4 * PAGE))
-    p.settle()
-    p.see("read_bad_ptr", _scattered(p, uffd, (64,), writable=False))
-    p.see("pend_after_bad_ptr", _pending(uffd))
-    p.see("read_after_bad_ptr", _read_result(p, uffd, 64)[0])
-    uffd.wake(DST, 4 * PAGE)
-    p.settle()
-    p.see("readv_16_16_40_8", _scattered(p, uffd, (16, 16, 40, 8)))
-    uffd.wake(DST, 4 * PAGE)
-    p.settle()
-    p.see("pread", _pread(p, uffd))
-
-
-def _scattered(p: Probe, uffd: Uffd, sizes: tuple[int, ...], *, writable: bool = True) -> list[Any]:
-    """readv(2): [bytes, errno]."""
-    from userfault.model.descriptor import readv
-
-    try:
-        return [32 * len(p.call(readv(p.caller, uffd.file, sizes, writable=writable))), "ok"]
-    except SystemCallError as error:
-        return [-1, errno_name(error.errno)]
-
-
-def _pread(p: Probe, uffd: Uffd) -> list[Any]:
-    from userfault.model.descriptor import try_operation
-
-    return [-1, errno_name(try_operation(uffd.file, "lseek"))]
-
-
-def _hex_poll(uffd: Uffd) -> list[Any]:
-    found = poll(uffd.file)
-    return [int(bool(found)), f"{found:#x}"]
-
-
-def _read_into(p: Probe, uffd: Uffd, into: list[abi.Message]) -> Any:
-    def run(thread: Thread) -> Op[tuple[int, int, int]]:
-        try:
-            messages = yield from read(thread, uffd.file, 32)
-        except SystemCallError as error:
-            return -1, error.errno, -1
-        into.extend(messages)
-        return 32 * len(messages), 0, -1
-
-    return run
-
-
-def _blocking(p: Probe) -> None:
-    memory = p.memory("anon")
-    uffd = p.uffd_open(0)
-    api(p.process, uffd.ctx, abi.UFFD_API, 0)
-    uffd.register(DST, memory.length, MISSING)
-    p.see("poll_idle", _hex_poll(uffd))
-    p.see("preadv2_nowait_idle", [-1, errno_name(_nowait(p, uffd))])
-    got: list[abi.Message] = []
-    reader = p.start(_read_into(p, uffd, got))
-    p.see("reader_blocked_state", reader.thread.state)
-    p.start(user_write(DST + 3, 1))
-    p.see("reader_ret", reader.thread.result[0])
-    p.see("message", p.message(got[0], DST))
-    uffd.wake(DST, PAGE)
-    p.settle()
-    p.see("poll_pending", _hex_poll(uffd))
-    uffd.file.nonblock = True
-    p.see("poll_pending_after_setfl_nonblock", _hex_poll(uffd))
-    uffd.copy(DST, SRC, PAGE)
-    p.settle()
-    uffd.file.nonblock = False
-    again = p.start(_read_into(p, uffd, got))
-    again.thread.signal("SIGUSR1")
-    p.settle()
-    p.see("read_interrupted", again.seen(DST))
-
-
-def _nowait(p: Probe, uffd: Uffd) -> int:
-    """preadv2(RWF_NOWAIT): the errno."""
-    if p.kernel.version < (6, 10):
-        return EOPNOTSUPP  # no read_iter
-    if uffd.readable():
-        return 0
-    return EAGAIN if uffd.ctx.initialized else EINVAL
-
-
-def _poll_states(p: Probe) -> None:
-    memory = p.memory("anon")
-    uffd = p.uffd_open(O_NONBLOCK)
-    p.see("before_api", _hex_poll(uffd))
-    api(p.process, uffd.ctx, abi.UFFD_API, 0)
-    p.see("idle", _hex_poll(uffd))
-    uffd.register(DST, memory.length, MISSING)
-    p.start(user_read(DST))
-    p.see("pending", _hex_poll(uffd))
-    messages = _one(p, uffd)
-    p.see("after_read_unresolved", _hex_poll(uffd))
-    p.see("messages", messages)
-    before = len(uffd.ctx.fault_pending)
-    p.see("epoll_et_idle", int(uffd.readable()))
-    p.start(user_read(DST + PAGE))
-    edge = len(uffd.ctx.fault_pending) > before
-    p.see("epoll_et_fault", [int(edge), f"{poll(uffd.file) if edge else 0:#x}"])
-    p.see("epoll_et_again", int(len(uffd.ctx.fault_pending) > before + 1))
-
-
 def _signal_during(p: Probe, kernel: bool) -> None:
-    _, uffd = _set_up(p, "anon", MISSING, 0)
+    _, uffd = reading.set_up(p, "anon", MISSING, 0)
     access = kernel_write(DST + 7, b"\x03") if kernel else user_write(DST + 7, 3)
     sleeper = p.start(access)
-    messages = _one(p, uffd)
+    messages = reading.one(p, uffd)
     sleeper.thread.signal("SIGUSR1")
     p.settle()
     p.see("refaulted", int(uffd.ctx.pending >= 1))
     extra: list[Seen] = []
     for _ in range(20):
-        extra += _one(p, uffd)
+        extra += reading.one(p, uffd)
         p.settle()
     p.see("extra_messages_bucket", "0" if not extra else "1" if len(extra) == 1 else ">1")
     if len(extra) <= 3:
@@ -378,10 +223,10 @@ def _signal_during(p: Probe, kernel: bool) -> None:
 
 
 def _other_uffd(p: Probe) -> None:
-    _, uffd = _set_up(p, "anon", 3, 0)
+    _, uffd = reading.set_up(p, "anon", 3, 0)
     other = p.uffd(0)
     writer = p.start(user_write(DST + 7, 3))
-    p.see("messages", _one(p, uffd))
+    p.see("messages", reading.one(p, uffd))
     p.see("other_wake", other.wake(DST, PAGE))
     p.settle()
     p.see("done_after_other_wake", _done(writer))
@@ -458,7 +303,7 @@ def _minor(p: Probe, kind: str) -> None:
 
 
 def _minor_then_punched(p: Probe, kind: str) -> None:
-    memory, uffd = _set_up(p, kind, 5, 0)
+    memory, uffd = reading.set_up(p, kind, 5, 0)
     p.fill(ALIAS, memory.page_size, 0xCA)
     reader = p.start(user_read(DST + 7))
     p.see("messages", _all(p, uffd))
@@ -481,7 +326,7 @@ def _punch(memory: Memory) -> Op[None]:
 
 
 def _missing_then_filled(p: Probe, kind: str) -> None:
-    memory, uffd = _set_up(p, kind, 5, 0)
+    memory, uffd = reading.set_up(p, kind, 5, 0)
     reader = p.start(user_read(DST + 7))
     p.see("messages", _all(p, uffd))
     p.fill(ALIAS, memory.page_size, 0xCA)
@@ -498,7 +343,7 @@ def _missing_then_filled(p: Probe, kind: str) -> None:
 
 def _killability(p: Probe) -> None:
     """Two children with a userfaultfd each: one sleeps in a fault, one in an event; both get SIGTERM."""
-    memory, _ = _set_up(p, "anon", MISSING, 0)
+    memory, _ = reading.set_up(p, "anon", MISSING, 0)
 
     def child(features: int, sleeps: Any) -> Any:
         def program(thread: Thread) -> Op[None]:
@@ -566,7 +411,7 @@ def _waiter(p: Probe, how: str, kind: str, mode: str, waiter: str) -> None:
     p.settle()
     p.see("woken", _done(writer))
     if how != "close":
-        p.see("pend", _pending(uffd))
+        p.see("pend", reading.pending(uffd))
         if not writer.done:
             p.see("wake", uffd.wake(DST, size))
             p.settle()
@@ -606,10 +451,10 @@ _PLAIN = {
     "range_matching": _range_matching,
     "eexist_does_not_wake_shmem": _eexist_does_not_wake,
     "partial_copy_wakes_only_progress": _partial_copy,
-    "read_fifo_order": _fifo,
-    "read/buffer_sizes": _buffer_sizes,
-    "read/blocking_fd": _blocking,
-    "poll/states": _poll_states,
+    "read_fifo_order": reading.fifo,
+    "read/buffer_sizes": reading.buffer_sizes,
+    "read/blocking_fd": reading.blocking,
+    "poll/states": reading.poll_states,
     "signal_during_user_fault": lambda p: _signal_during(p, False),
     "signal_during_kernel_fault": lambda p: _signal_during(p, True),
     "other_uffd_same_mm": _other_uffd,

@@ -1,34 +1,31 @@
-"""Kernel accesses of many kinds, ends of files, lives of markers and poison (s_misc.c)."""
+"""Lives of pages: ends of files, protections, markers, poison, split VMAs (s_misc.c)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from userfault import abi
 from userfault.model import kernel_access
-from userfault.model.access import load, touch
 from userfault.model.exit import exit_process
 from userfault.model.fill import Fill
 from userfault.model.fill_copy import copy
 from userfault.model.fork import fork
 from userfault.model.layout import PAGE
 from userfault.model.madvise import madvise
-from userfault.model.mapping import EXEC, READ, WRITE, mprotect, munmap
-from userfault.model.oracle.memory import ALIAS, DST, MODE_NAMES, MSRC, SRC, Memory
+from userfault.model.mapping import READ, WRITE, mprotect, munmap
+from userfault.model.oracle.memory import ALIAS, DST, MSRC, SRC, Memory
 from userfault.model.oracle.probe import (
     REMOVE,
     SIGBUS,
     THREAD_ID,
     UNPOPULATED,
     Probe,
-    Uffd,
     kernel_read,
-    kernel_write,
     user_read,
     user_write,
 )
 from userfault.model.oracle.sections import Unsupported
+from userfault.model.oracle.sections.kernel_accesses import accessed
 from userfault.model.pagecache import File
 from userfault.model.step import Op
 from userfault.model.thread import Thread
@@ -39,121 +36,13 @@ _Access = Callable[[Thread], Op[tuple[int, int, int]]]
 
 
 def run(p: Probe, name: str, parts: list[str]) -> None:
-    """kaccess/MEM/MODE/STATE[/VARIANT]/ACCESS and misc/CASE[/MEM]."""
-    if name == "kaccess":
-        _kernel_access(p, parts)
-    elif len(parts) == 2 and parts[0] in _BY_MEMORY:
+    """misc/CASE[/MEM]."""
+    if len(parts) == 2 and parts[0] in _BY_MEMORY:
         _BY_MEMORY[parts[0]](p, parts[1])
     elif len(parts) == 1 and parts[0] in _PLAIN:
         _PLAIN[parts[0]](p)
     else:
         raise Unsupported
-
-
-def _accessed(p: Probe, key: str, uffd: Uffd, memory: Memory, access: _Access, policy: str) -> None:
-    """run_acc."""
-    accessor = p.start(access)
-    p.see(f"{key}_msgs", p.pump(uffd, memory, [accessor], policy, most=12).messages)
-    p.see(f"{key}_result", accessor.seen(DST))
-
-
-# Accesses.
-
-
-class Access(NamedTuple):
-    """An access: from where, how long, and what it does."""
-
-    offset: int
-    length: int
-    make: Callable[[int, int], _Access]
-
-
-def _fetch(address: int, length: int) -> _Access:
-    def run(thread: Thread) -> Op[tuple[int, int, int]]:
-        yield "fetch an instruction"
-        yield from touch(thread, thread.process.mm, address, write=False, execute=True)
-        return 0, 0, -1
-
-    return run
-
-
-def _add(address: int, length: int) -> _Access:
-    """An atomic read-modify-write: one write access."""
-
-    def run(thread: Thread) -> Op[tuple[int, int, int]]:
-        yield "add atomically"
-        page, offset = yield from touch(thread, thread.process.mm, address, write=True)
-        value = int.from_bytes(page.content.read(offset, length), "little") + 1
-        page.content = page.content.write(offset, value.to_bytes(length, "little"), page.size)
-        return 0, 0, -1
-
-    return run
-
-
-def _memcpy(address: int, length: int) -> _Access:
-    def run(thread: Thread) -> Op[tuple[int, int, int]]:
-        data = yield from load(thread, thread.process.mm, address, length)
-        return 0, 0, data[0] if data[0] < 128 else data[0] - 256  # a signed char
-
-    return run
-
-
-def _system_call(
-    operation: Callable[[Thread, int, int], Op[tuple[int, int, int]]],
-) -> Callable[[int, int], _Access]:
-    return lambda address, length: lambda thread: operation(thread, address, length)
-
-
-ACCESSES = {
-    "process_vm_readv": Access(0x123, 1, _system_call(kernel_access.process_vm_readv)),
-    "process_vm_writev": Access(0x123, 1, _system_call(kernel_access.process_vm_writev)),
-    "proc_self_mem_read": Access(0x123, 1, _system_call(kernel_access.proc_mem_read)),
-    "proc_self_mem_write": Access(0x123, 1, _system_call(kernel_access.proc_mem_write)),
-    "write_to_ext4_file": Access(0x123, 100, kernel_read),
-    "read_from_ext4_file": Access(
-        0x123, 100, lambda at, length: kernel_write(at, b"\x01" + bytes(length - 1))
-    ),
-    "mlock_2pages": Access(0, 2 * PAGE, _system_call(kernel_access.mlock)),
-    "mincore": Access(0, PAGE, _system_call(kernel_access.mincore)),
-    "futex_wait": Access(0x120, 4, _system_call(kernel_access.futex_wait)),
-    "getrandom": Access(0x123, 1, lambda at, length: kernel_write(at, bytes(length))),
-    "vmsplice": Access(0x123, 16, _system_call(kernel_access.vmsplice)),
-    "pipe_write_spanning_2_pages": Access(0xFF0, 0x20, kernel_read),
-    "pipe_read_spanning_2_pages": Access(0xFF0, 0x20, lambda at, length: kernel_write(at, b"\x01" * length)),
-    "user_atomic_rmw": Access(0x120, 4, _add),
-    "user_memcpy_2pages": Access(0xFF0, 0x20, _memcpy),
-    "user_exec_fetch": Access(0x100, 1, _fetch),
-}
-
-
-def _kernel_access(p: Probe, parts: list[str]) -> None:
-    kind, mode_name, state, *variant, what = parts
-    if what not in ACCESSES or variant not in ([], ["user_mode_only"], ["sigbus"]):
-        raise Unsupported
-    features = SIGBUS if variant == ["sigbus"] else 0
-    flags = abi.UFFD_USER_MODE_ONLY if variant == ["user_mode_only"] else 0
-    access = ACCESSES[what]
-    memory = p.memory(kind)
-    p.see("mem", kind)
-    p.see("mode", mode_name)
-    p.see("features", f"{features:#x}")
-    p.see("op", f"kaccess:{what}")
-    p.see("state", state)
-    if flags:
-        p.see("uffd_flags", "UFFD_USER_MODE_ONLY")
-    if state == "wp_present":
-        p.fill(DST, memory.length, 0xC3)
-    elif state == "cache_only":
-        p.fill(ALIAS, memory.length, 0xC3)
-    if what == "user_exec_fetch":
-        p.call(mprotect(p.caller, DST, memory.length, READ | WRITE | EXEC))
-        p.fill(SRC, memory.page_size * 2, 0xC3)
-    uffd = p.uffd(features, flags)
-    uffd.register(DST, memory.length, MODE_NAMES.index(mode_name))
-    if state == "wp_present":
-        uffd.wp(DST, memory.length, 1)
-    _accessed(p, "access", uffd, memory, access.make(DST + access.offset, access.length), "resolve")
-    p.see("post", p.pages(memory, (0, 1, 2)))
 
 
 # Cases with a name of their own.
@@ -198,8 +87,8 @@ def _eof(p: Probe, kind: str) -> None:
     p.see("copy_straddle", uffd.copy(DST + size, SRC, 2 * size))
     p.see("wp_beyond", uffd.wp(beyond, size, 1))
     p.see("post", p.pages(memory, FOUR, cache=1))
-    _accessed(p, "read_beyond", uffd, memory, user_read(beyond + 8), "stop")
-    _accessed(p, "write_beyond", uffd, memory, user_write(DST + 3 * size + 8), "stop")
+    accessed(p, "read_beyond", uffd, memory, user_read(beyond + 8), "stop")
+    accessed(p, "write_beyond", uffd, memory, user_write(DST + 3 * size + 8), "stop")
 
 
 def _split_and_merge(p: Probe) -> None:
@@ -285,7 +174,7 @@ def _copy_sources(p: Probe) -> None:
         reply = yield from copy(thread, uffd.ctx, Fill(DST, PAGE, 0, DST + 2 * PAGE))
         return -1 if reply.errno else 0, reply.errno, -1 if reply.out is None else reply.out
 
-    _accessed(p, "src_missing_on_other_uffd", other, memory, nested, "resolve")
+    accessed(p, "src_missing_on_other_uffd", other, memory, nested, "resolve")
     p.see("post", p.pages(memory, FOUR))
     p.mmap(MSRC, 2 * PAGE, shared=True, file=File(p.kernel, "shmem", PAGE))
     p.see("src_unpopulated_shmem", uffd.copy(DST + PAGE, MSRC, PAGE))
@@ -307,7 +196,7 @@ def _destination_protection(p: Probe, kind: str) -> None:
         return p.attempt(mprotect(p.caller, DST, memory.length, protection))
 
     def write(key: str, offset: int) -> None:
-        _accessed(p, key, uffd, memory, user_write(DST + offset), "stop")
+        accessed(p, key, uffd, memory, user_write(DST + offset), "stop")
 
     p.see("register", uffd.register(DST, memory.length, 7 if memory.fileish else 3))
     p.see("mprotect_read", protect(READ))
@@ -323,7 +212,7 @@ def _destination_protection(p: Probe, kind: str) -> None:
         write("write_rw_again_continued", 2 * size + 8)
     protect(0)
     p.see("copy_prot_none", uffd.copy(DST + 3 * size, SRC, size))
-    _accessed(p, "read_prot_none", uffd, memory, user_read(DST + 3 * size), "stop")
+    accessed(p, "read_prot_none", uffd, memory, user_read(DST + 3 * size), "stop")
     p.see("wp_prot_none", uffd.wp(DST, size, 1))
     protect(READ | WRITE)
     p.see("post", p.pages(memory, FOUR, cache=1))
@@ -342,10 +231,10 @@ def _marker_life(p: Probe, kind: str) -> None:
 
     p.see("wp_all", uffd.wp(DST, length, 1))
     pages("s0")
-    _accessed(p, "read0", uffd, memory, user_read(DST), "resolve")
+    accessed(p, "read0", uffd, memory, user_read(DST), "resolve")
     pages("s1_after_read0")
-    _accessed(p, "write0", uffd, memory, user_write(DST), "resolve")
-    _accessed(p, "write1", uffd, memory, user_write(DST + size), "resolve")
+    accessed(p, "write0", uffd, memory, user_write(DST), "resolve")
+    accessed(p, "write1", uffd, memory, user_write(DST + size), "resolve")
     pages("s2_after_writes")
     p.see("wp_all_again", uffd.wp(DST, length, 1))
     p.see("dontneed", p.attempt(madvise(p.caller, DST, length, "DONTNEED")))
@@ -388,8 +277,8 @@ def _poison_life(p: Probe, kind: str) -> None:
 
     p.see("poison_all", uffd.poison(DST, length))
     pages("s0")
-    _accessed(p, "user_read", uffd, memory, user_read(DST + 5), "stop")
-    _accessed(p, "kernel_read", uffd, memory, kernel_read(DST + 5), "stop")
+    accessed(p, "user_read", uffd, memory, user_read(DST + 5), "stop")
+    accessed(p, "kernel_read", uffd, memory, kernel_read(DST + 5), "stop")
 
     def child(thread: Thread) -> Op[None]:
         process = thread.process
@@ -423,7 +312,7 @@ def _poison_life(p: Probe, kind: str) -> None:
         p.see("madv_remove", p.attempt(madvise(p.caller, DST, size, "REMOVE")))
         pages("s4_after_remove", (0,))
     p.see("unregister", uffd.unregister(DST, length))
-    _accessed(p, "user_read_after_unreg", uffd, memory, user_read(DST + 5), "stop")
+    accessed(p, "user_read_after_unreg", uffd, memory, user_read(DST + 5), "stop")
 
 
 def _two_mappings(p: Probe, kind: str) -> None:
@@ -432,20 +321,20 @@ def _two_mappings(p: Probe, kind: str) -> None:
     p.see("mem", kind)
     uffd = p.uffd(0)
 
-    def accessed(key: str, access: _Access) -> None:
-        _accessed(p, key, uffd, memory, access, "stop")
+    def accessed_at(key: str, access: _Access) -> None:
+        accessed(p, key, uffd, memory, access, "stop")
 
     p.see("reg_main", uffd.register(DST, length, 7))
     p.see("reg_alias", uffd.register(ALIAS, length, 7))
     p.see("copy_main", uffd.copy(DST, SRC, size))
-    accessed("read_alias_after_copy_main", user_read(ALIAS + 8))
+    accessed_at("read_alias_after_copy_main", user_read(ALIAS + 8))
     p.see("copy_alias_same_page", uffd.copy(ALIAS, SRC, size))
     p.see("continue_alias", uffd.cont(ALIAS, size))
-    accessed("read_alias_page1", user_read(ALIAS + size + 8))
+    accessed_at("read_alias_page1", user_read(ALIAS + size + 8))
     p.see("copy_alias_wp", uffd.copy(ALIAS + 2 * size, SRC, size, abi.UFFDIO_COPY_MODE_WP))
     p.see("continue_main_p2", uffd.cont(DST + 2 * size, size))
-    accessed("write_main_p2", user_write(DST + 2 * size))
-    accessed("write_alias_p2", user_write(ALIAS + 2 * size))
+    accessed_at("write_main_p2", user_write(DST + 2 * size))
+    accessed_at("write_alias_p2", user_write(ALIAS + 2 * size))
 
 
 def _sigbus(p: Probe) -> None:
@@ -453,15 +342,15 @@ def _sigbus(p: Probe) -> None:
     uffd = p.uffd(SIGBUS | REMOVE)
     uffd.register(DST, memory.length, 3)
 
-    def accessed(key: str, access: _Access) -> None:
-        _accessed(p, key, uffd, memory, access, "stop")
+    def accessed_at(key: str, access: _Access) -> None:
+        accessed(p, key, uffd, memory, access, "stop")
 
-    accessed("read_missing", user_read(DST + 0x123))
+    accessed_at("read_missing", user_read(DST + 0x123))
     p.see("copy_then", uffd.copy(DST, SRC, PAGE, abi.UFFDIO_COPY_MODE_WP))
-    accessed("read_ok", user_read(DST + 0x123))
-    accessed("write_wp", user_write(DST + 0x123))
+    accessed_at("read_ok", user_read(DST + 0x123))
+    accessed_at("write_wp", user_write(DST + 0x123))
     p.see("unwp", uffd.wp(DST, PAGE, 0))
-    accessed("write_ok", user_write(DST + 0x123))
+    accessed_at("write_ok", user_write(DST + 0x123))
     p.see("poll", int(uffd.readable()))
     p.see("note", "REMOVE etc. events still delivered with SIGBUS")
 
@@ -474,10 +363,10 @@ def _zap_then_fault(p: Probe, kind: str) -> None:
     uffd.register(DST, memory.length, 5 if memory.fileish else 1)
     uffd.copy(DST, SRC, 2 * size)
     p.attempt(madvise(p.caller, DST, size, "DONTNEED"))
-    _accessed(p, "after_dontneed", uffd, memory, user_read(DST + 8), "stop")
+    accessed(p, "after_dontneed", uffd, memory, user_read(DST + 8), "stop")
     if memory.shared:
         p.attempt(madvise(p.caller, DST + size, size, "REMOVE"))
-        _accessed(p, "after_remove", uffd, memory, user_read(DST + size + 8), "stop")
+        accessed(p, "after_remove", uffd, memory, user_read(DST + size + 8), "stop")
 
 
 _PLAIN: dict[str, Callable[[Probe], None]] = {

@@ -157,7 +157,7 @@ class SimulatedProcess:
         return self.start(lambda t: t.store(address, data), "writer")
 
     def madvise(self, address: int, length: int, advice: str) -> Running[None]:
-        """A new thread gives advice on `length` bytes, as in "DONTNEED"; it sleeps until the event is read."""
+        """A new thread advises on `length` bytes ("DONTNEED"); it sleeps until its event is read."""
         return self.start(lambda t: t.madvise(address, length, advice), "madvise")
 
     def fork(self, program: Callable[[SystemCalls], Op[Any]]) -> Running[Process]:

@@ -41,15 +41,10 @@ class Killed(Exception):
 def translate(mm: AddressSpace, address: int, write: bool) -> tuple[Page, int] | None:
     """The page and the offset in it, if the page table lets the access through; None: it faults."""
     pmd = mm.table.pmd(address)
-    if type(pmd) is PteTable:
-        entry = pmd.entries.get((address // PAGE) & 511)
-        offset = address % PAGE
-    else:
-        entry = pmd
-        offset = address % HUGE_PAGE
+    entry = pmd.entries.get((address // PAGE) & 511) if type(pmd) is PteTable else pmd
     if type(entry) is not Present or (write and not entry.write):
         return None
-    return entry.page, offset
+    return entry.page, address % entry.page.size  # a small entry may map a part of a huge folio
 
 
 def touch(
@@ -210,7 +205,8 @@ def _fill_quietly(mm: AddressSpace, vma: Vma, at: int, end: int, value: int) -> 
                 return at
             place = translate(mm, at, True)
         page, offset = place
-        piece = min(end - at, page.size - offset)
+        whole_page = page.size == PAGE or type(mm.table.pmd(at)) is Present
+        piece = min(end - at, page.size - offset if whole_page else PAGE - at % PAGE)
         if piece == page.size:
             page.content = whole
         else:

@@ -160,16 +160,29 @@ def _file_page(mm: AddressSpace, vma: Vma, address: int, write: bool, protect: b
             return MINOR
     elif vma.modes.missing:
         return MISSING
-    page = file.page(index) or file.add(index)
+    page = cached_page(vma, address) or file.add(index)
     if page is None:
         return Verdict.SIGBUS
     if write and not vma.shared:  # do_cow_fault: the cache gets its page, the writer a private copy
-        page = Page(page.content, exclusive=True)
+        page = Page(file.part(index), exclusive=True)
         writable = True
     else:
         writable = vma.write and vma.shared and (write or not vma.modes.wp)  # vma_wants_writenotify
     mm.table.set_pte(address, Present(page, write=writable and not protect, uffd_wp=protect))
     return RETRY if write and protect else DONE
+
+
+def cached_page(vma: Vma, address: int) -> Page | None:
+    """The page of the file at an address. A huge folio can be mapped in parts only where file and addresses
+    agree modulo 2 MiB; elsewhere it is split first."""
+    file = vma.file
+    assert file is not None
+    index = vma.index(address)
+    page = file.page(index)
+    if page is not None and page.size != file.page_size and (vma.start - vma.offset) % HUGE_PAGE:
+        file.split_folio(index)
+        page = file.page(index)
+    return page
 
 
 def fault_around(mm: AddressSpace, vma: Vma, address: int) -> None:
@@ -182,7 +195,7 @@ def fault_around(mm: AddressSpace, vma: Vma, address: int) -> None:
         if vma.beyond_end_of_file(at):
             break
         found = file.pages.get(vma.index(at))
-        if type(found) is Page and mm.table.pte(at) is None:
+        if type(found) is Page and found.size == file.page_size and mm.table.pte(at) is None:
             mm.table.set_pte(at, Present(found, write=vma.write and vma.shared))
 
 
@@ -212,7 +225,10 @@ def _write_protected(mm: AddressSpace, vma: Vma, address: int, entry: Present) -
         mm.table.set_pte(address, entry._replace(write=True))
         return DONE
     vma.anonymous_pages = True
-    mm.table.set_pte(address, Present(Page(page.content, exclusive=True), write=True))  # wp_page_copy
+    content = (
+        page.content if page.size == PAGE else page.content.part(address // PAGE * PAGE % page.size, PAGE)
+    )
+    mm.table.set_pte(address, Present(Page(content, exclusive=True), write=True))  # wp_page_copy
     return DONE
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from userfault.model.content import Content
 from userfault.model.context import Context
 from userfault.model.errnos import EFAULT, EINVAL
+from userfault.model.fault import cached_page
 from userfault.model.fill import (
     DONTWAKE,
     WITH_WP,
@@ -49,7 +50,7 @@ class Continue:
         assert vma.file is not None
         if vma.beyond_end_of_file(at):
             return -EINVAL
-        page = vma.file.page(vma.index(at))
+        page = cached_page(vma, at)
         return -EFAULT if page is None else install(mm, vma, at, page, protect)
 
     def huge(self, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool) -> int:

@@ -188,6 +188,8 @@ def _pageout(thread: Thread, mm: AddressSpace, vma: Vma, start: int, end: int) -
     for at, entry in list(mm.table.ptes(start, end)):
         if type(entry) is not Present or entry.page.zero or entry.page.mapcount != 1:
             continue
+        if entry.page.size != PAGE:
+            continue  # a huge folio stays
         page, swap = entry.page, mm.kernel.swap
         if page.file is None:
             if swap:

@@ -57,6 +57,25 @@ class File:
             found.uptodate = True
         return found
 
+    def part(self, index: int) -> Content:
+        """What the cached page holds: all of it, or its part of a huge folio."""
+        found = self.pages[index]
+        if type(found) is Page and found.size != self.page_size:
+            return found.content.part(index * PAGE % HUGE_PAGE, PAGE)
+        return found.content
+
+    def split_folio(self, index: int) -> None:
+        """Make small pages of the huge folio around the index, if there is one; it leaves every mapping."""
+        first = index // 512 * 512
+        if first not in self.huge_folios:
+            return
+        from userfault.model.zap import unmap_file
+
+        unmap_file(self, first * PAGE, first * PAGE + HUGE_PAGE, private_too=False)
+        self.huge_folios.discard(first)
+        for at in range(first, first + 512):
+            self.pages[at] = Page(self.pages[at].content.part(at * PAGE % HUGE_PAGE, PAGE), PAGE, self)
+
     def add(self, index: int, content: Content = ZERO) -> Page | None:
         """A new page for a hole, charged to the file; None: the pool or the file's limit is used up."""
         if not self.charge():
@@ -109,8 +128,7 @@ class File:
         while length:
             index, inside = divmod(offset, self.page_size)
             piece = min(length, self.page_size - inside)
-            found = self.pages.get(index)
-            data += bytes(piece) if found is None else found.content.read(inside, piece)
+            data += self.part(index).read(inside, piece) if index in self.pages else bytes(piece)
             offset, length = offset + piece, length - piece
         return bytes(data)
 
@@ -124,7 +142,8 @@ class File:
             page = self.page(index) or self.add(index)
             if page is None:
                 break
-            page.content = page.content.write(inside, piece, self.page_size)
+            at = (index * self.page_size + inside) % page.size
+            page.content = page.content.write(at, piece, page.size)
             done += len(piece)
         self.size = max(self.size, offset + done)
         return done

@@ -107,6 +107,9 @@ def punch(file: File, offset: int, length: int) -> None:
     """fallocate(FALLOC_FL_PUNCH_HOLE): the pages leave the cache and every mapping. No event is sent (E2)."""
     size = file.page_size
     first, last = round_up(offset, size), (offset + length) // size * size
+    for edge in (offset, offset + length):
+        if edge % HUGE_PAGE:
+            file.split_folio(edge // size)
     if first < last:
         unmap_file(file, first, last, private_too=False)
         for index in [i for i in file.pages if first <= i * size < last]:
@@ -125,6 +128,8 @@ def truncate(file: File, size: int) -> None:
     if size >= old:
         return
     unit = file.page_size
+    if size % HUGE_PAGE:
+        file.split_folio(size // unit)
     first = round_up(size, unit)
     unmap_file(file, first, round_up(max(old, first), unit) + unit, private_too=True)
     for index in [i for i in file.pages if i * unit >= first]:

@@ -127,7 +127,7 @@ def _zap_advice(
             _fail(mm, EINVAL)
         _mark_free(mm, vma, start, end)
     else:
-        zap(mm, vma, start, end)
+        zap(mm, vma, start, end, reclaim_tables=True)
     mm.kernel.note(f"took the pages of {start:#x} to {end:#x}")
     mm.mmap_lock.unread()
 

@@ -22,9 +22,21 @@ if TYPE_CHECKING:
 
 
 def zap(
-    mm: AddressSpace, vma: Vma, start: int, end: int, *, drop_markers: bool = False, private_too: bool = True
+    mm: AddressSpace,
+    vma: Vma,
+    start: int,
+    end: int,
+    *,
+    drop_markers: bool = False,
+    private_too: bool = True,
+    reclaim_tables: bool = False,
 ) -> None:
-    """Empty the part [start, end) of a VMA (zap_page_range_single, unmap_page_range)."""
+    """Empty the part [start, end) of a VMA (zap_page_range_single, unmap_page_range).
+
+    reclaim_tables: give back last-level tables that are empty and wholly inside the range (6.14), so that the
+    next touch may be huge again.
+    """
+    reclaim_tables = reclaim_tables and mm.kernel.version >= (6, 14)
     if vma.hugetlb:
         _zap_hugetlb(mm, start, end, drop_markers)
         return
@@ -39,8 +51,13 @@ def zap(
             split_pmd(mm, vma, low)
         for at, entry in list(mm.table.ptes(low, high)):
             _zap_entry(mm, vma, at, entry, drop_markers, private_too)
-        if drop_markers and high - low == HUGE_PAGE:
-            mm.table.set_pmd(low, None)  # free_pgtables
+        if high - low == HUGE_PAGE and (drop_markers or (reclaim_tables and not _entries(mm, low))):
+            mm.table.set_pmd(low, None)  # free_pgtables, try_to_free_pte
+
+
+def _entries(mm: AddressSpace, address: int) -> int:
+    table = mm.table.pte_table(address)
+    return 0 if table is None else len(table.entries)
 
 
 def _zap_entry(
@@ -76,7 +93,7 @@ def _zap_hugetlb(mm: AddressSpace, start: int, end: int, drop_markers: bool) -> 
         entry = table.entries.get((at // HUGE_PAGE) & 511)
         if entry is not None:
             assert type(entry) is not PteTable
-            keep = entry.uffd_wp and not drop_markers
+            keep = entry.uffd_wp and not drop_markers and mm.kernel.version >= (5, 19)
             mm.table.set_pmd(at, WP_MARKER if keep else None)
             if type(entry) is Present:
                 release_private(mm, entry.page)

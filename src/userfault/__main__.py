@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
+from userfault.commands import model
+
 app = typer.Typer(
     help="User-space paging for Python, on Linux userfaultfd.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(model.app, name="model")
 
 
 @app.callback()

@@ -109,7 +109,7 @@ def _generator(walk: _Walk, thing: Any) -> None:
     if frame is None:
         walk.out.append("ended")
         return
-    walk.out += (thing.gi_code.co_qualname, frame.f_lasti, *frame.f_locals)
+    walk.out += (thing.gi_code.co_qualname, frame.f_lasti, *sorted(frame.f_locals))
     for held in gc.get_referents(thing):
         if type(held) not in _MACHINERY:
             walk.add(held)

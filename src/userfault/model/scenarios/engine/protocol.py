@@ -81,8 +81,9 @@ class Engine:
         calls, run = self.app.calls, self.app.run
         self.memfd = run(calls.memfd_create(self.length, hugetlb=page == HUGE_PAGE, name="region"))
         run(calls.mmap(MAIN, self.length, shared=True, file=calls.file(self.memfd)))
-        run(calls.mmap(BUFFER, pages * page))
-        run(calls.fill(BUFFER, pages * page, 0))
+        if not view_fill:
+            run(calls.mmap(BUFFER, pages * page))
+            run(calls.fill(BUFFER, pages * page, 0))
         self.fd = run(calls.userfaultfd(abi.UFFD_FEATURE_WP_ASYNC))
         modes = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_WP
         if "claims_under_missing_alone" not in self.wrong:

@@ -1,0 +1,1 @@
+"""The sub-commands of ``userfault`` that are groups of their own, one file each."""

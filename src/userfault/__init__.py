@@ -106,9 +106,12 @@ def __getattr__(name: str) -> object:
     try:
         value: object = getattr(import_module(home), name)
     except ImportError as error:
-        if error.name not in ("userfault._native", "numpy"):
+        missing = error.name
+        if missing == "userfault" and "'_native'" in str(error):  # from userfault import _native
+            missing = "userfault._native"
+        if missing not in ("userfault._native", "numpy"):
             raise
-        raise ImportError(_what_is_missing(name, error.name), name=error.name) from error
+        raise ImportError(_what_is_missing(name, missing), name=missing) from error
     globals()[name] = value
     return value
 
@@ -119,7 +122,7 @@ def _what_is_missing(name: str, module: str) -> str:
     if sys.platform != "linux":
         return (
             f"userfault.{name} needs Linux 5.19 or newer: this is {sys.platform}, which has no userfaultfd. "
-            "userfault.abi works here."
+            "userfault.abi, userfault.model and userfault.testing.simulated_process work here."
         )
     return (
         f"userfault.{name} needs the compiled part of the package ({module}), which is not installed: "

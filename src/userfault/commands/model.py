@@ -51,7 +51,7 @@ def run(
 ) -> None:
     """Run a scenario once and print every step.
 
-    The exit status is 1 if an invariant was broken on the way.
+    The exit status is 1 if an invariant was broken on the way (raises Exit).
     """
     from userfault.model.explorer.once import run_once
 
@@ -82,7 +82,7 @@ def explore(
     """Try a scenario's interleavings and print the shortest one that breaks an invariant.
 
     The exit status is 0 if every interleaving was tried and none does, 1 if one was found, 3 if the bound was
-    too small to say.
+    too small to say (raises Exit), 2 if the strategy is unknown (raises BadParameter).
     """
     from userfault.model import explore as search
 
@@ -112,7 +112,10 @@ def table(
         str, typer.Option("--features", help="Feature bits of the handshake, such as 0x2000.")
     ] = "0",
 ) -> None:
-    """Print what happens when such a page is touched, filled, protected or moved."""
+    """Print what happens when such a page is touched, filled, protected or moved.
+
+    The exit status is 2 if there is no such page (raises BadParameter).
+    """
     from userfault.model.tables import as_text, what_happens
 
     try:

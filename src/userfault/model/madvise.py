@@ -24,6 +24,7 @@ from userfault.model.mm import AddressSpace
 from userfault.model.page import SwapSlot
 from userfault.model.pagetable import GUARD_MARKER, WP_MARKER, Marker, Present, Swap
 from userfault.model.step import Op, Spin
+from userfault.model.thp import split_pmd
 from userfault.model.vma import Vma
 from userfault.model.zap import punch, zap
 
@@ -146,8 +147,6 @@ def _mark_free(mm: AddressSpace, vma: Vma, start: int, end: int) -> None:
             if upto - at == HUGE_PAGE:
                 pmd.page.lazyfree = True
                 continue
-            from userfault.model.thp import split_pmd
-
             split_pmd(mm, vma, at)
     for at, entry in list(mm.table.ptes(start, end)):
         if type(entry) is Present:
@@ -185,6 +184,10 @@ def _pageout(thread: Thread, mm: AddressSpace, vma: Vma, start: int, end: int) -
     yield "PAGEOUT"
     if vma.locked or vma.hugetlb or vma.special:
         _fail(mm, EINVAL)
+    for at, _, pmd in list(mm.table.tables(start, end)):
+        # A huge page is reclaimed as a whole, and comes back in small pages: as if it were split first.
+        if type(pmd) is Present and not pmd.page.zero and pmd.page.mapcount == 1 and mm.kernel.swap:
+            split_pmd(mm, vma, round_down(at, HUGE_PAGE))
     for at, entry in list(mm.table.ptes(start, end)):
         if type(entry) is not Present or entry.page.zero or entry.page.mapcount != 1:
             continue

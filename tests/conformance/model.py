@@ -29,7 +29,7 @@ from userfault.model.handshake import O_CLOEXEC, O_NONBLOCK, api, new_userfaultf
 from userfault.model.move import move
 from userfault.model.pagecache import File
 from userfault.model.pagemap import Scan, pagemap_entry, pagemap_scan
-from userfault.model.userfaultfd import BOUNCE
+from userfault.model.userfaultfd import run_alone
 
 T = TypeVar("T")
 
@@ -189,7 +189,7 @@ class Process:
         self.parent = parent
         self._main = Thread(self, process.main)
         self._free: int = 0x10000000 if parent is None else parent._free
-        self._staged: int = BOUNCE - (1 << 36) if parent is None else parent._staged
+        self._staged: int = 0x7D0000000000 if parent is None else parent._staged
 
     @property
     def main(self) -> Thread:
@@ -226,24 +226,12 @@ class Process:
         self.process.run(self.process.calls.store(address, content))
         return address
 
-    def _caller(self) -> Callable[[str, Callable[[SystemCalls], Op[Any]]], Any]:
-        """Whoever calls for the test: a thread of its own, which must not be made to wait for ever."""
-        caller = self.thread()
-
-        def call(name: str, operation: Callable[[SystemCalls], Op[Any]]) -> Any:
-            caller.thread.start(operation(caller.calls))
-            self.backend.settle()
-            if not caller.thread.done:
-                raise AssertionError(f"{name} does not end: {caller.thread.what}")
-            error = caller.thread.error or caller.thread.fault
-            if error is not None:
-                raise error
-            return caller.thread.result
-
-        return call
+    def _caller(self) -> ModelThread:
+        """Whoever calls for the test: a thread of its own."""
+        return self.thread().thread
 
     def userfaultfd(self, features: int = 0, *, nonblocking: bool = True) -> Userfaultfd:
-        uffd = Userfaultfd(self._caller(), features, nonblocking=nonblocking)
+        uffd = Userfaultfd(features, nonblocking=nonblocking, process=self.process, caller=self._caller())
         self.backend.owners[uffd] = self
         return uffd
 
@@ -253,7 +241,7 @@ class Process:
         theirs = self.parent.process.descriptors
         number = self.process.descriptors.install(theirs.get(ufd))
         theirs.remove(ufd)
-        uffd = Userfaultfd.from_fd(self._caller(), number, features)
+        uffd = Userfaultfd.from_fd(number, features, process=self.process, caller=self._caller())
         self.backend.owners[uffd] = self
         return uffd
 
@@ -358,7 +346,8 @@ class ModelBackend:
             fill = Fill(values.dst, values.len, values.mode, values.src)
         else:
             fill = Fill(values.range.start, values.range.len, values.mode)
-        reply = owner._caller()(field, lambda t: which(t.thread, ctx, fill))
+        caller = owner._caller()
+        reply = run_alone(caller, which(caller, ctx, fill))
         if reply.out is not None:
             setattr(values, field, reply.out)
         assert reply.errno != errno.ESRCH

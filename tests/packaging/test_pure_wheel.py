@@ -18,10 +18,10 @@ assert not any(name == "numpy" or name.startswith("numpy.") for name in sys.modu
 import userfault, userfault.abi
 from userfault.model import explore
 from userfault.model.scenarios import history
-from userfault.testing import simulated_process
+from userfault.testing import rehearsal
 
 assert explore(history.scenario("minor_leak", True)).found is not None
-with simulated_process() as process:
+with rehearsal() as process:
     assert process.load(process.map(4096)) == b"\\0"
 assert not any(name.startswith(("numpy", "typer")) for name in sys.modules)
 try:

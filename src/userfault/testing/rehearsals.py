@@ -169,24 +169,24 @@ class Rehearsal:
         return mapped
 
     def load(self, address: int, length: int = 1) -> bytes:
-        """Read memory. Raises MemoryFault where a real thread would get a signal."""
+        """Read `length` bytes. Raises MemoryFault where a real thread would get a signal."""
         data: bytes = self.do(lambda t: t.load(address, length))
         return data
 
     def store(self, address: int, data: bytes) -> None:
-        """Write memory. Raises MemoryFault."""
+        """Write bytes. Raises MemoryFault where a real thread would get a signal."""
         self.do(lambda t: t.store(address, data))
 
     def madvise(self, address: int, length: int, advice: str) -> None:
-        """madvise(2); `advice` without MADV_. Raises OSError."""
+        """madvise(2) of `length` bytes; `advice` without MADV_. Raises OSError."""
         self._system_call("madvise", lambda t: t.madvise(address, length, advice))
 
     def munmap(self, address: int, length: int) -> None:
-        """munmap(2). Raises OSError."""
+        """munmap(2) of `length` bytes. Raises OSError."""
         self._system_call("munmap", lambda t: t.munmap(address, length))
 
     def mremap(self, address: int, old: int, new: int, to: int | None = None) -> int:
-        """mremap(2), to a place of its own or to `to`. Raises OSError."""
+        """mremap(2) from `old` to `new` bytes, to a place of its own or to `to`. Raises OSError."""
         moved: int = self._system_call("mremap", lambda t: t.mremap(address, old, new, to))
         return moved
 
@@ -226,7 +226,7 @@ class Rehearsal:
         return self._now
 
     def sleep(self, seconds: float) -> None:
-        """Sleep in simulated time; give it to a handler in place of time.sleep."""
+        """Sleep so many simulated seconds; give it to a handler in place of time.sleep."""
         until = self._now + seconds
 
         def sleep(t: SystemCalls) -> Op[None]:
@@ -273,7 +273,7 @@ class Rehearsal:
     def fail(self, call: str, errno: int, times: int = 1) -> None:
         """The next `times` calls of a method of Userfaultfd fail with `errno` and do nothing.
 
-        `call` is the method's name, such as "copy" or "read_messages".
+        `call` is the method's name, such as "copy" or "read_messages". Raises ValueError if there is none.
         """
         if not hasattr(Userfaultfd, call):
             raise ValueError(f"Userfaultfd has no method {call!r}")

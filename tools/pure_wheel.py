@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def build(folder: Path, *, isolated: bool = True) -> Path:
-    """Build the wheel into `folder` and return its path. Raises RuntimeError with pip's words if it cannot."""
+    """Build the wheel into `folder` and return its path. Raises RuntimeError, with pip's words."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as scratch:
         tree = Path(scratch) / "userfault"

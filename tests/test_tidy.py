@@ -20,7 +20,7 @@ from docstrings import complaints, public_definitions
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "userfault"
 
-LAYERS = ["userfault-uffd", "userfault-store", "userfault-engine", "userfault-python"]
+LAYERS = ["userfault-uffd", "userfault-store", "userfault-engine", "userfault-snapshot", "userfault-python"]
 """The crates, lowest first: a crate may depend on those before it."""
 
 LONGEST = 800

@@ -26,7 +26,8 @@ use crate::limit;
 use crate::pool::Pool;
 use crate::room::Gate;
 use crate::stats::Counters;
-use crate::workers::Workers;
+use crate::tracked::Registry;
+use crate::workers::{Source, Workers};
 
 /// Features without which nothing works (Linux 5.19).
 const REQUIRED: u64 = UFFD_FEATURE_MISSING_SHMEM
@@ -53,6 +54,9 @@ pub(crate) struct Engine {
     pub(crate) auto_limit: Mutex<bool>,
     pub(crate) gate: Gate,
     pub(crate) workers: Workers,
+    /// The threads of the second fault source: memory that is saved before its first write.
+    pub(crate) guards: Workers,
+    pub(crate) tracked: Registry,
     pub(crate) clock: Clock,
     pub(crate) drain: Drain,
     /// Counts of regions that are gone.
@@ -135,6 +139,8 @@ impl Engine {
             auto_limit: Mutex::new(true),
             gate: Gate::new(),
             workers: Workers::default(),
+            guards: Workers::of(Source::Guard),
+            tracked: Registry::default(),
             clock: Clock::default(),
             drain: Drain::default(),
             past: Counters::new(),

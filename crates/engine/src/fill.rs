@@ -85,6 +85,11 @@ impl Engine {
     /// Answers one fault.
     pub(crate) fn answer(&'static self, touch: &Touch, lead: &mut Lead) {
         let Some(body) = self.at(touch.address) else {
+            if let Some(memory) = self.tracked.own(touch.address, 1)
+                && let Some(guard) = memory.guard()
+            {
+                return guard.first_write(touch.address, lead);
+            }
             // The region has been closed since: whoever sleeps there finds PROT_NONE.
             let page = touch.address & !(crate::memory::small_page() - 1);
             let _ = self.uffd.wake(page, crate::memory::small_page());

@@ -16,6 +16,7 @@
 //! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
 //! | `readahead` | walks, and what to bring in for them |
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
+//! | `tracked` | memory whose writes are noted for checkpoints, and how |
 //! | `watch` | the debug option: no write is missed |
 //! | `fork`, `signals` | what a child gets; threads without signals |
 //!
@@ -61,6 +62,7 @@ mod signals;
 mod staging;
 mod stats;
 mod table;
+pub mod tracked;
 mod watch;
 mod workers;
 
@@ -68,11 +70,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::Error;
-pub use fork::generation;
+pub use fork::{Kept, forget, generation, keep};
 pub use memory::hugetlb_free;
 pub use pin::Pin;
 pub use prefetch::PrefetchTicket;
 pub use region::{Region, set_memory_limit, stats};
+pub use signals::BlockedSignals;
 pub use stats::Stats;
 pub use table::BlockError;
 use userfault_store::Store;

@@ -12,6 +12,7 @@ use userfault_uffd::abi::UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
 use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::engine::Engine;
+use crate::error::Error;
 use crate::evict;
 use crate::limit::{CGROUP_MARGIN, Cgroup};
 use crate::memory::Kind;
@@ -95,6 +96,48 @@ impl Engine {
             own.give_back(bytes);
         }
         Err(&self.pool)
+    }
+
+    /// Takes `bytes` for memory that is never evicted; regions make room. Fails if the limit, or the
+    /// control group, does not leave them.
+    pub(crate) fn reserve_tracked(&'static self, bytes: u64, in_cgroup: bool) -> Result<(), Error> {
+        let mut lead = Lead::none(self);
+        let mut fruitless = 0;
+        loop {
+            let fits = self.pool.reserve(bytes);
+            if fits && (!in_cgroup || self.gate.pass(bytes)) {
+                return Ok(());
+            }
+            if fits {
+                self.pool.give_back(bytes);
+            }
+            let progress = match self.victim_of(&self.pool, 0) {
+                Victim::NotNow => false,
+                Victim::Zap(seat) => {
+                    self.with_seat(seat, |victim| evict::zap(self, victim, seat.block))
+                }
+                Victim::Release(seat) => self.with_seat(seat, |victim| {
+                    evict::release(self, victim, seat.block, &mut lead)
+                }),
+            };
+            fruitless = if progress { 0 } else { fruitless + 1 };
+            if fruitless > 64 {
+                let figures = self.pool.figures();
+                return Err(Error::Memory {
+                    asked: bytes,
+                    limit: figures.limit.saturating_sub(figures.used),
+                    what: "tracked memory, which never leaves memory,".into(),
+                });
+            }
+        }
+    }
+
+    /// Gives back what [`Engine::reserve_tracked`] took.
+    pub(crate) fn give_back_tracked(&self, bytes: u64, in_cgroup: bool) {
+        self.pool.give_back(bytes);
+        if in_cgroup {
+            self.gate.give_back(bytes);
+        }
     }
 
     /// Gives back the bytes of a block.

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 use userfault_uffd::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
-use userfault_uffd::{Message, MessageBuffer};
+use userfault_uffd::{Message, MessageBuffer, Uffd};
 
 use crate::block::Fault;
 use crate::body::Body;
@@ -85,15 +85,28 @@ struct State {
     queue: VecDeque<Task>,
 }
 
-/// The threads of the fault loop.
+/// Which userfaultfd messages come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// Regions, and memory whose writes the kernel notes by itself.
+    #[default]
+    Paging,
+    /// Huge pages that are saved before their first write.
+    Guard,
+}
+
+/// The threads of the fault loop for one source.
 #[derive(Default)]
 pub(crate) struct Workers {
+    source: Source,
     state: Mutex<State>,
     work: Condvar,
 }
 
 /// The lead, as long as it is held.
 pub(crate) struct Lead {
+    /// Whose lead it is: each fault source has one.
+    workers: &'static Workers,
     engine: &'static Engine,
     held: bool,
     unanswered: VecDeque<Touch>,
@@ -102,11 +115,7 @@ pub(crate) struct Lead {
 impl Lead {
     /// A thread that has no lead to give up.
     pub(crate) fn none(engine: &'static Engine) -> Lead {
-        Lead {
-            engine,
-            held: false,
-            unanswered: VecDeque::new(),
-        }
+        Workers::without_lead(engine)
     }
 
     /// To be called before anything that may wait.
@@ -115,7 +124,7 @@ impl Lead {
             return;
         }
         self.held = false;
-        let workers = &self.engine.workers;
+        let workers = self.workers;
         let mut state = workers.state.lock();
         state.leader = false;
         state
@@ -126,35 +135,75 @@ impl Lead {
 }
 
 impl Workers {
+    pub(crate) fn of(source: Source) -> Workers {
+        Workers {
+            source,
+            ..Workers::default()
+        }
+    }
+
+    fn without_lead(engine: &'static Engine) -> Lead {
+        Lead {
+            workers: &engine.workers,
+            engine,
+            held: false,
+            unanswered: VecDeque::new(),
+        }
+    }
+
+    fn uffd<'a>(&self, engine: &'a Engine) -> &'a Uffd {
+        match self.source {
+            Source::Paging => &engine.uffd,
+            Source::Guard => engine.tracked.guard().expect("served once it is open"),
+        }
+    }
+
     /// Gets one more thread to look at the state.
-    fn call(&self, engine: &'static Engine, mut state: parking_lot::MutexGuard<'_, State>) {
+    fn call(
+        &'static self,
+        engine: &'static Engine,
+        mut state: parking_lot::MutexGuard<'_, State>,
+    ) {
         if state.idle > 0 {
             drop(state);
             self.work.notify_one();
         } else if state.threads < MOST_THREADS + engine.hung() {
             state.threads += 1;
             drop(state);
-            if !spawn(engine) {
+            if !self.spawn(engine) {
                 self.state.lock().threads -= 1;
             }
         }
     }
 
     /// Begins to serve.
-    pub(crate) fn start(&self, engine: &'static Engine) -> bool {
+    pub(crate) fn start(&'static self, engine: &'static Engine) -> bool {
         self.state.lock().threads += 1;
-        spawn(engine)
+        self.spawn(engine)
     }
 
     /// Gives a task to the next free thread.
-    pub(crate) fn submit(&self, engine: &'static Engine, task: Task) {
+    pub(crate) fn submit(&'static self, engine: &'static Engine, task: Task) {
         let mut state = self.state.lock();
         state.queue.push_back(task);
         self.call(engine, state);
     }
 
-    fn run(&self, engine: &'static Engine) {
-        let mut lead = Lead::none(engine);
+    fn spawn(&'static self, engine: &'static Engine) -> bool {
+        let blocked = BlockedSignals::all();
+        let spawned = std::thread::Builder::new()
+            .name("userfault".into())
+            .stack_size(256 << 10)
+            .spawn(move || self.run(engine));
+        drop(blocked);
+        spawned.is_ok()
+    }
+
+    fn run(&'static self, engine: &'static Engine) {
+        let mut lead = Lead {
+            workers: self,
+            ..Lead::none(engine)
+        };
         let mut buffer = MessageBuffer::<BATCH>::new();
         loop {
             if !lead.held {
@@ -175,7 +224,7 @@ impl Workers {
                     }
                 }
             }
-            let messages = match engine.uffd.read_messages(&mut buffer) {
+            let messages = match self.uffd(engine).read_messages(&mut buffer) {
                 Ok(messages) => messages,
                 // A message is never lost by these two; anything else cannot happen on a blocking
                 // descriptor that is open and a buffer that is there.
@@ -194,12 +243,3 @@ impl Workers {
     }
 }
 
-fn spawn(engine: &'static Engine) -> bool {
-    let blocked = BlockedSignals::all();
-    let spawned = std::thread::Builder::new()
-        .name("userfault".into())
-        .stack_size(256 << 10)
-        .spawn(move || engine.workers.run(engine));
-    drop(blocked);
-    spawned.is_ok()
-}

@@ -1,0 +1,248 @@
+//! Silent tracking: which pages of a range were written, for one consumer.
+//!
+//! Unsafe: takes ranges out of user-space paging at the end.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use userfault_uffd::abi::{
+    PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, UFFD_FEATURE_WP_ASYNC,
+    UFFDIO_REGISTER_MODE_WP, page_region,
+};
+use userfault_uffd::Scan;
+
+use super::mapping;
+use crate::dirty::DirtyMap;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::fork;
+use crate::memory::small_page;
+
+/// Ranges that one call of PAGEMAP_SCAN reports at most: a random pattern makes one for each page, and a
+/// call costs a few microseconds.
+const REGIONS: usize = 4096;
+
+/// The part that other consumers' harvests write to.
+#[derive(Debug)]
+pub(super) struct Pages {
+    start: usize,
+    len: usize,
+    dirty: Mutex<DirtyMap>,
+}
+
+impl Pages {
+    fn note(&self, from: usize, to: usize) {
+        let page = small_page();
+        let (from, to) = (from.max(self.start), to.min(self.start + self.len));
+        if from < to {
+            self.dirty
+                .lock()
+                .insert((from - self.start) / page..(to - self.start) / page);
+        }
+    }
+}
+
+/// One consumer's account of a range of memory that is tracked silently.
+///
+/// Every page counts as written when the ledger is opened. Whoever opens it sees to it that the memory
+/// stays mapped, by holding the object that owns it; if it goes all the same, [`Ledger::harvest`] or the
+/// reading of it fails.
+#[derive(Debug)]
+pub struct Ledger {
+    pages: Arc<Pages>,
+    generation: u32,
+}
+
+impl Ledger {
+    /// Begins to track `len` bytes at `start`, both multiples of the page. Fails with the reason why this
+    /// memory cannot be tracked.
+    pub fn open(start: usize, len: usize) -> Result<Ledger, Error> {
+        let engine = Engine::current()?;
+        if !engine.uffd.has(UFFD_FEATURE_WP_ASYNC) {
+            return Err(Error::Invalid(
+                "tracking needs Linux 6.7 or newer (userfaultfd's WP_ASYNC)".into(),
+            ));
+        }
+        debug_assert!(start.is_multiple_of(small_page()) && len.is_multiple_of(small_page()));
+        let mut map = DirtyMap::new(len / small_page());
+        map.insert(0..len / small_page());
+        let pages = Arc::new(Pages {
+            start,
+            len,
+            dirty: Mutex::new(map),
+        });
+        let mut ledgers = engine.tracked.ledgers.lock();
+        let outcome = engine.uffd.register(start, len, UFFDIO_REGISTER_MODE_WP);
+        if !outcome.is_ok() {
+            return Err(refused(start, len, outcome.errno));
+        }
+        ledgers.retain(|other| other.strong_count() > 0);
+        ledgers.push(Arc::downgrade(&pages));
+        drop(ledgers);
+        let ledger = Ledger {
+            pages,
+            generation: fork::generation(),
+        };
+        // From here on a write is noted. What the other consumers had not yet heard of, they hear now.
+        ledger.harvest(start, len)?;
+        Ok(ledger)
+    }
+
+    /// Start of the range.
+    pub fn start(&self) -> usize {
+        self.pages.start
+    }
+
+    /// Bytes of the range.
+    pub fn len(&self) -> usize {
+        self.pages.len
+    }
+
+    /// Never: a ledger has at least one page.
+    pub fn is_empty(&self) -> bool {
+        self.pages.len == 0
+    }
+
+    /// Asks the kernel what was written in `len` bytes at `start` since the last harvest of anybody,
+    /// protects it again, and tells all consumers. Fails if the memory is not what it was.
+    pub fn harvest(&self, start: usize, len: usize) -> Result<(), Error> {
+        if self.generation != fork::generation() {
+            return Err(Error::Forked);
+        }
+        let engine = Engine::existing().ok_or(Error::Forked)?;
+        if !mapping::mapped(start, len) {
+            return Err(gone(start, len));
+        }
+        let mut regions = vec![
+            page_region {
+                start: 0,
+                end: 0,
+                categories: 0,
+            };
+            REGIONS
+        ];
+        let scan = Scan {
+            flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+            all_of: PAGE_IS_WRITTEN,
+            report: PAGE_IS_WRITTEN,
+            ..Scan::default()
+        };
+        // The same range may be in the ledgers of several consumers: no other harvest comes between the
+        // kernel's answer and the last of their maps.
+        let ledgers = engine.tracked.ledgers.lock();
+        let others: Vec<Arc<Pages>> = ledgers
+            .iter()
+            .filter_map(std::sync::Weak::upgrade)
+            .filter(|pages| pages.start < start + len && start < pages.start + pages.len)
+            .collect();
+        let scanned = engine
+            .pagemap
+            .scan_each(start..start + len, &scan, &mut regions, |region| {
+                for pages in &others {
+                    pages.note(region.start as usize, region.end as usize);
+                }
+            });
+        if scanned.is_err() {
+            // What the kernel protected before it failed may be lost: everything counts as written.
+            for pages in &others {
+                pages.note(start, start + len);
+            }
+            return Err(gone(start, len));
+        }
+        Ok(())
+    }
+
+    /// Takes the dirty pages of a range (page numbers of the ledger) out, in order, as runs.
+    pub fn take(&self, pages: Range<usize>) -> Vec<Range<usize>> {
+        let mut dirty = self.pages.dirty.lock();
+        let runs = dirty.runs(pages.clone());
+        if !runs.is_empty() {
+            dirty.remove(pages);
+        }
+        runs
+    }
+
+    /// As [`Ledger::take`], from page `from` on and at most `most` pages.
+    pub fn take_some(&self, from: usize, most: usize) -> Vec<Range<usize>> {
+        let mut dirty = self.pages.dirty.lock();
+        let (mut at, mut left) = (from, most);
+        let mut runs = Vec::new();
+        while left > 0
+            && let Some(start) = dirty.next(at, dirty.pages())
+        {
+            let mut end = start + 1;
+            while end < dirty.pages() && end - start < left && dirty.contains(end) {
+                end += 1;
+            }
+            dirty.remove(start..end);
+            left -= end - start;
+            at = end;
+            runs.push(start..end);
+        }
+        runs
+    }
+
+    /// Puts pages back: they could not be copied, or what was copied is lost.
+    pub fn put_back(&self, pages: Range<usize>) {
+        self.pages.dirty.lock().insert(pages);
+    }
+
+    /// Pages that are known to have been written, without asking the kernel.
+    pub fn count(&self) -> usize {
+        self.pages.dirty.lock().count()
+    }
+}
+
+impl Drop for Ledger {
+    /// Takes what nobody else tracks out of user-space paging.
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
+        let Some(engine) = Engine::existing() else {
+            return;
+        };
+        let (start, end) = (self.start(), self.start() + self.len());
+        let ledgers = engine.tracked.ledgers.lock();
+        let mut kept: Vec<Range<usize>> = ledgers
+            .iter()
+            .filter_map(std::sync::Weak::upgrade)
+            .filter(|pages| !Arc::ptr_eq(pages, &self.pages))
+            .map(|pages| pages.start..pages.start + pages.len)
+            .collect();
+        kept.sort_by_key(|range| range.start);
+        let mut at = start;
+        for range in kept
+            .into_iter()
+            .chain([end..end])
+            .filter(|range| range.end > start && range.start <= end)
+        {
+            if at < range.start {
+                // SAFETY: nobody has absent bytes here: the range was registered for write-protection
+                // alone. If it is gone, the call fails and that is that.
+                let _ = unsafe { engine.uffd.unregister(at, range.start.min(end) - at) };
+            }
+            at = at.max(range.end);
+        }
+    }
+}
+
+fn refused(start: usize, len: usize, errno: i32) -> Error {
+    let advice = match errno {
+        libc::EBUSY => "another userfaultfd watches it already",
+        libc::ENOMEM => "the process has too many mappings: see /proc/sys/vm/max_map_count",
+        _ => "this kernel cannot track memory of this kind",
+    };
+    Error::Os {
+        call: "tracking memory",
+        errno,
+        advice: format!("{len} bytes at {start:#x}: {advice}"),
+    }
+}
+
+fn gone(start: usize, len: usize) -> Error {
+    Error::Invalid(format!(
+        "the {len} bytes of tracked memory at {start:#x} were unmapped, moved or mapped anew by the program"
+    ))
+}

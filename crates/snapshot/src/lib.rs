@@ -1,0 +1,62 @@
+//! Live snapshots and incremental checkpoints of memory that keeps changing.
+//!
+//! A program goes on writing its arrays; a *point* is what they held at one instant, the *cut*.
+//!
+//! ```text
+//!   between points          drain: copy what was written into the next point's segment, round after round
+//!   save(): the cut         silent memory: ask what was written, copy it aside into staging
+//!                           guarded memory: protect; the first write to a block saves it first
+//!                           anything else: copy it aside
+//!   in the background       hash, compare, compress, write; index; sync; the manifest names the point
+//! ```
+//!
+//! One thread of a [`Checkpointer`] does everything behind the cut, in the order of the cuts, and drains
+//! when it has nothing else to do. So the index in memory always describes what the next point would
+//! hold, and needs no lock. A second thread watches that a save makes progress.
+//!
+//! | file | concept |
+//! |---|---|
+//! | `checkpointer`, `saver`, `point` | save, the thread behind it, and what it promises |
+//! | `source` | an array's memory: which blocks have changed, and copying them |
+//! | `staging` | memory for what was copied aside |
+//! | `index` | where each block of the next point is |
+//! | `entry`, `codec`, `segment`, `manifest`, `folder` | the format on disk |
+//! | `reader` | a point as a store; reads check everything |
+//! | `prune`, `verify` | giving back space; finding a wrong byte |
+//!
+//! The format is described in `docs/reference/checkpoint-format.md`.
+//!
+//! # Locks
+//! `source::Cutting` (held by a cut, and by the drain while it reads one chunk), then the engine's. The
+//! checkpointer's state, a job's batches and staging are leaves, and none is held during I/O.
+//!
+//! # Promises
+//! * A point holds what the memory held at its cut, for every write of the thread that called save().
+//! * A point is visible when all of it is durable, and never before.
+//! * An error, a full disk or a store that hangs fails the point; the program and the older points go on.
+//! * No length, offset or count in a file is trusted.
+
+mod checkpointer;
+mod codec;
+mod entry;
+mod error;
+mod folder;
+mod index;
+mod manifest;
+mod point;
+mod prune;
+mod reader;
+mod saver;
+mod segment;
+mod source;
+mod staging;
+mod verify;
+
+pub use checkpointer::{Array, Checkpointer, Options};
+pub use codec::Compress;
+pub use error::Error;
+pub use folder::{Fault, Op};
+pub use manifest::{ArrayRecord, PointSummary};
+pub use point::Point;
+pub use reader::{ArrayReader, Directory, OpenPoint};
+pub use verify::{Damage, Verified, verify};

@@ -1,0 +1,195 @@
+//! Memory for what was copied aside at a cut, until it is written.
+//!
+//! Unsafe: one anonymous mapping, lent out in chunks.
+//!
+//! It lies on huge pages where the machine has them, so that copying into it for the first time costs
+//! little, and chunks that were used stay hot: the last one given back is the next one lent.
+
+use std::ops::{Deref, DerefMut};
+use std::ptr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+/// Bytes of a chunk.
+pub const CHUNK: usize = 2 << 20;
+
+struct State {
+    free: Vec<usize>,
+    used: usize,
+    peak: usize,
+}
+
+/// A bounded amount of memory, by chunks.
+pub struct Staging {
+    raw: usize,
+    raw_len: usize,
+    start: usize,
+    chunks: usize,
+    state: Mutex<State>,
+    freed: Condvar,
+}
+
+impl Staging {
+    /// At most `limit` bytes, at least two chunks. Fails if there is no address space.
+    pub fn new(limit: usize) -> std::io::Result<Arc<Staging>> {
+        let chunks = (limit / CHUNK).max(2);
+        let raw_len = (chunks + 1) * CHUNK;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the kernel chooses the address; nothing is replaced.
+        let raw = unsafe { libc::mmap(ptr::null_mut(), raw_len, rights, flags, -1, 0) };
+        if raw == libc::MAP_FAILED {
+            return Err(std::io::Error::last_os_error());
+        }
+        let start = (raw as usize).next_multiple_of(CHUNK);
+        for advice in [libc::MADV_HUGEPAGE, libc::MADV_DONTFORK] {
+            // SAFETY: the range was just mapped. Advice only: without huge pages it is slower, and a child
+            // that inherits it has a copy of nothing.
+            unsafe { libc::madvise(raw, raw_len, advice) };
+        }
+        Ok(Arc::new(Staging {
+            raw: raw as usize,
+            raw_len,
+            start,
+            chunks,
+            state: Mutex::new(State {
+                free: (0..chunks).rev().collect(),
+                used: 0,
+                peak: 0,
+            }),
+            freed: Condvar::new(),
+        }))
+    }
+
+    /// Lends a chunk. Waits for one; `None` once `stop` says so.
+    pub fn take(self: &Arc<Self>, stop: &dyn Fn() -> bool) -> Option<Chunk> {
+        let mut state = self.state.lock();
+        loop {
+            if stop() {
+                return None;
+            }
+            if let Some(number) = state.free.pop() {
+                state.used += 1;
+                state.peak = state.peak.max(state.used);
+                return Some(Chunk {
+                    staging: self.clone(),
+                    number,
+                });
+            }
+            self.freed.wait_for(&mut state, Duration::from_millis(20));
+        }
+    }
+
+    /// Touches what a cut is going to need, so that it need not wait for zeroed pages. Bytes.
+    pub fn warm(self: &Arc<Self>, bytes: usize) {
+        let wanted = bytes.div_ceil(CHUNK).min(self.chunks);
+        let mut held = Vec::new();
+        for _ in 0..wanted {
+            let mut state = self.state.lock();
+            let Some(number) = state.free.pop() else {
+                break;
+            };
+            drop(state);
+            let mut chunk = Chunk {
+                staging: self.clone(),
+                number,
+            };
+            for byte in chunk.iter_mut().step_by(4096) {
+                *byte = 0;
+            }
+            held.push(chunk);
+            self.state.lock().used += 1;
+        }
+        // Given back in the other order, so that the same ones are lent next.
+        while let Some(chunk) = held.pop() {
+            drop(chunk);
+        }
+    }
+
+    /// The most bytes in use since the last call.
+    pub fn take_peak(&self) -> usize {
+        let mut state = self.state.lock();
+        let peak = state.peak * CHUNK;
+        state.peak = state.used;
+        peak
+    }
+
+    /// Wakes whoever waits, to look whether to stop.
+    pub fn kick(&self) {
+        self.freed.notify_all();
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's, and every chunk holds the value.
+        unsafe { libc::munmap(self.raw as *mut libc::c_void, self.raw_len) };
+    }
+}
+
+/// A part of the staging memory.
+pub struct Chunk {
+    staging: Arc<Staging>,
+    number: usize,
+}
+
+impl Deref for Chunk {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the chunk's number was popped from the free list, so nobody else has this range, which
+        // lies in the mapping that `staging` keeps.
+        unsafe {
+            std::slice::from_raw_parts((self.staging.start + self.number * CHUNK) as *const u8, CHUNK)
+        }
+    }
+}
+
+impl DerefMut for Chunk {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`; the chunk is borrowed for writing.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                (self.staging.start + self.number * CHUNK) as *mut u8,
+                CHUNK,
+            )
+        }
+    }
+}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        let mut state = self.staging.state.lock();
+        state.free.push(self.number);
+        state.used -= 1;
+        drop(state);
+        self.staging.freed.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_lent_than_the_limit_and_who_stops_gets_nothing() {
+        let staging = Staging::new(5 * CHUNK).unwrap();
+        staging.warm(usize::MAX / 4);
+        let held: Vec<Chunk> = (0..5).map(|_| staging.take(&|| false).unwrap()).collect();
+        let tries = std::cell::Cell::new(0);
+        assert!(
+            staging
+                .take(&|| {
+                    tries.set(tries.get() + 1);
+                    tries.get() > 2
+                })
+                .is_none()
+        );
+        drop(held);
+        assert_eq!(staging.take_peak(), 5 * CHUNK);
+        assert_eq!(staging.take_peak(), 0);
+        assert!(staging.take(&|| false).is_some());
+    }
+}

@@ -30,7 +30,8 @@ def _fault(placement: str, where: str) -> Comparison:
         title=f"One 4 KiB fault, {where}",
         text=(
             "Median time of a touch of an absent page, 16,384 pages in random order, nothing evicted. The "
-            "bare floor copies a hot page and does nothing else; the others read a file in tmpfs."
+            "bare floor copies a hot page and does nothing else; so does userfault over a store of zeros; "
+            "the others read a file in tmpfs."
         ),
         workload=("fault", "--placement", placement, *_sizes(length=length, limit=2 * length, block=4096)),
         unit="us",
@@ -40,9 +41,10 @@ def _fault(placement: str, where: str) -> Comparison:
             Contestant("C handler thread with pread", "floor", _memory("c-handler:file")),
             *((Contestant("bare C signal handler", "floor", _memory("c-signal")),) if inline else ()),
             Contestant("umap", "rival", _memory("umap")),
-            Contestant("userfault, threads", "subject", _memory("userfault:4KiB")),
+            Contestant("userfault, threads", "subject", _memory("userfault:4KiB,zero")),
+            Contestant("userfault, threads, a file", "subject", _memory("userfault:4KiB")),
             *(
-                (Contestant("userfault, inline", "subject", _memory("userfault:4KiB,inline")),)
+                (Contestant("userfault, inline", "subject", _memory("userfault:4KiB,zero,inline")),)
                 if inline
                 else ()
             ),
@@ -50,6 +52,7 @@ def _fault(placement: str, where: str) -> Comparison:
         bars=(
             Bar("userfault, threads", "bare C handler thread", 1.3),
             Bar("userfault, threads", "bare C handler thread", 1.2, "goal"),
+            Bar("userfault, threads, a file", "C handler thread with pread", 1.3),
             *((Bar("userfault, inline", "bare C signal handler", 1.3, "goal"),) if inline else ()),
         ),
         rounds=7,

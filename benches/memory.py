@@ -103,14 +103,15 @@ def _mmap(
 def _userfault(
     variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
 ) -> Iterator[Memory]:
-    """Variant: pages, then perhaps "inline": "4KiB", "2MiB", "4KiB,inline"."""
+    """Variant: pages, then "inline" for the way to take a fault, "zero" for a store that reads no file."""
     userfault: Any = importlib.import_module("userfault")
-    pages, _, fault = variant.partition(",")
+    pages, *words = variant.split(",")
     options = {"block": block, "memory_limit": limit, "pages": pages or "auto"}
-    if fault:
-        options["fault"] = fault
+    if "inline" in words:
+        options["fault"] = "inline"
     try:
-        region = userfault.open(path, "r+" if write else "r", length=length, **options)
+        store = userfault.ZeroStore(length) if "zero" in words else path
+        region = userfault.open(store, "r+" if write else "r", length=length, **options)
     except (AttributeError, TypeError, ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise Unavailable(f"userfault {variant}: {reason}") from error

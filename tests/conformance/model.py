@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
@@ -284,8 +284,8 @@ class ModelBackend:
 
     swap = True
 
-    def __init__(self, version: str = "6.18") -> None:
-        self.kernel = Kernel(version)
+    def __init__(self, version: str = "6.18", defects: Iterable[str] = ()) -> None:
+        self.kernel = Kernel(version, defects=defects)
         self.scheduler = Scheduler(self.kernel)
         self.owners: dict[Userfaultfd, Process] = {}
 

@@ -102,7 +102,7 @@ impl Engine {
     /// control group, does not leave them.
     pub(crate) fn reserve_tracked(&'static self, bytes: u64, in_cgroup: bool) -> Result<(), Error> {
         let mut lead = Lead::none(self);
-        let mut fruitless = 0;
+        let (mut fruitless, mut passed) = (0, 0);
         loop {
             let fits = self.pool.reserve(bytes);
             if fits && (!in_cgroup || self.gate.pass(bytes)) {
@@ -111,15 +111,7 @@ impl Engine {
             if fits {
                 self.pool.give_back(bytes);
             }
-            let progress = match self.victim_of(&self.pool, 0) {
-                Victim::NotNow => false,
-                Victim::Zap(seat) => {
-                    self.with_seat(seat, |victim| evict::zap(self, victim, seat.block))
-                }
-                Victim::Release(seat) => self.with_seat(seat, |victim| {
-                    evict::release(self, victim, seat.block, &mut lead)
-                }),
-            };
+            let progress = self.one_leaves(&self.pool, 0, &mut passed, &mut lead) == Some(true);
             fruitless = if progress { 0 } else { fruitless + 1 };
             if fruitless > 64 {
                 let figures = self.pool.figures();

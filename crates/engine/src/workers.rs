@@ -159,11 +159,7 @@ impl Workers {
     }
 
     /// Gets one more thread to look at the state.
-    fn call(
-        &'static self,
-        engine: &'static Engine,
-        mut state: parking_lot::MutexGuard<'_, State>,
-    ) {
+    fn call(&'static self, engine: &'static Engine, mut state: parking_lot::MutexGuard<'_, State>) {
         if state.idle > 0 {
             drop(state);
             self.work.notify_one();
@@ -242,4 +238,3 @@ impl Workers {
         }
     }
 }
-

@@ -241,7 +241,8 @@ impl Shared {
                 continue;
             }
             if self.idle_for() < limit {
-                self.changed.wait_for(&mut state, (limit / 8).max(Duration::from_millis(5)));
+                self.changed
+                    .wait_for(&mut state, (limit / 8).max(Duration::from_millis(5)));
                 continue;
             }
             let given_up = state.active.clone();
@@ -271,7 +272,11 @@ pub struct Checkpointer {
 impl Checkpointer {
     /// Begins to follow `arrays`. Their memory must stay what it is as long as the checkpointer lives: its
     /// maker holds the objects that own it.
-    pub fn open(path: PathBuf, arrays: Vec<Array>, options: Options) -> Result<Checkpointer, Error> {
+    pub fn open(
+        path: PathBuf,
+        arrays: Vec<Array>,
+        options: Options,
+    ) -> Result<Checkpointer, Error> {
         let page = page_size();
         let folder = Folder::open(&path, options.durable, options.fault.clone())?;
         let manifest = match read_manifest(&path)? {
@@ -291,7 +296,10 @@ impl Checkpointer {
         let mut groups: Vec<Group> = Vec::new();
         for array in &arrays {
             if array.nbytes == 0 {
-                return Err(Error::Invalid(format!("array {:?} has no bytes", array.name)));
+                return Err(Error::Invalid(format!(
+                    "array {:?} has no bytes",
+                    array.name
+                )));
             }
             if named.iter().any(|(name, _, _)| *name == array.name) {
                 return Err(Error::Invalid(format!(
@@ -564,7 +572,13 @@ impl Checkpointer {
     pub fn ended(&self, at_most: Duration) -> bool {
         let until = Instant::now() + at_most;
         let mut state = self.shared.state.lock();
-        while !state.ended && !self.shared.changed.wait_until(&mut state, until).timed_out() {}
+        while !state.ended
+            && !self
+                .shared
+                .changed
+                .wait_until(&mut state, until)
+                .timed_out()
+        {}
         if state.ended {
             for group in &self.shared.groups {
                 if let Some(guard) = group.memory.guard() {

@@ -69,10 +69,12 @@ pub fn header(bytes: &[u8; HEADER], block: usize) -> Option<(usize, u64)> {
 /// Fills `block` from a payload; false if it does not hold exactly that much.
 pub fn decode(kind: Kind, payload: &[u8], block: &mut [u8]) -> bool {
     match kind {
-        Kind::Lz4 => lz4_flex::block::decompress_into(payload, block)
-            .is_ok_and(|len| len == block.len()),
-        Kind::Zstd => zstd::bulk::decompress_to_buffer(payload, block)
-            .is_ok_and(|len| len == block.len()),
+        Kind::Lz4 => {
+            lz4_flex::block::decompress_into(payload, block).is_ok_and(|len| len == block.len())
+        }
+        Kind::Zstd => {
+            zstd::bulk::decompress_to_buffer(payload, block).is_ok_and(|len| len == block.len())
+        }
         Kind::Zero | Kind::Raw => false,
     }
 }
@@ -107,7 +109,9 @@ mod tests {
         let mut state = 1u64;
         let block: Vec<u8> = (0..65_536)
             .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
                 (state >> 56) as u8
             })
             .collect();

@@ -199,7 +199,13 @@ impl Folder {
         let path = self.segment(number);
         self.before(Op::Sync)
             .and_then(|()| file.set_len(len))
-            .and_then(|()| if self.durable { file.sync_all() } else { Ok(()) })
+            .and_then(|()| {
+                if self.durable {
+                    file.sync_all()
+                } else {
+                    Ok(())
+                }
+            })
             .map_err(|error| Error::io(&path, "making durable", error))
     }
 
@@ -240,7 +246,10 @@ impl Folder {
     /// Removes a file of the directory; one that is gone already is no error.
     pub fn remove(&self, name: &str) -> Result<(), Error> {
         let path = self.path.join(name);
-        match self.before(Op::Remove).and_then(|()| fs::remove_file(&path)) {
+        match self
+            .before(Op::Remove)
+            .and_then(|()| fs::remove_file(&path))
+        {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(Error::io(&path, "removing", error))
             }
@@ -257,7 +266,11 @@ impl Folder {
                 self.before(Op::Write)?;
                 file.write_all_at(bytes, 0)?;
                 self.before(Op::Sync)?;
-                if self.durable { file.sync_all() } else { Ok(()) }
+                if self.durable {
+                    file.sync_all()
+                } else {
+                    Ok(())
+                }
             })
             .map_err(|error| Error::io(&new, "writing", error))?;
         // The segment's name has to be durable before the manifest that speaks of it.

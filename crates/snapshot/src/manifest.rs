@@ -176,7 +176,10 @@ impl Manifest {
                 && point.segments.iter().all(|each| *each <= LARGEST_SEGMENT)
                 && point.record.length <= LARGEST_DOCUMENT;
             if !sound {
-                return Err(corrupt(&format!("contradicts itself at step {}", point.step)));
+                return Err(corrupt(&format!(
+                    "contradicts itself at step {}",
+                    point.step
+                )));
             }
             last = Some(point.step);
         }

@@ -43,8 +43,9 @@ pub fn prune(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<()
         }
         *manifest = shorter;
     }
-    let (kept, gone): (Vec<u32>, Vec<u32>) =
-        candidates.into_iter().partition(|number| manifest.names(*number));
+    let (kept, gone): (Vec<u32>, Vec<u32>) = candidates
+        .into_iter()
+        .partition(|number| manifest.names(*number));
     for number in gone {
         if !with_lock(shared, number, |_, _| {
             shared.folder.remove(&segment_name(number))

@@ -22,7 +22,9 @@ use crate::codec;
 use crate::entry::{ENTRY, Entry, Kind, LEAF, PAGE, from_bytes, hash};
 use crate::error::Error;
 use crate::folder::{flock, read_manifest, segment_name};
-use crate::manifest::{ArrayRecord, DataRecord, Extent, LARGEST_DOCUMENT, Manifest, PointRecord, PointSummary};
+use crate::manifest::{
+    ArrayRecord, DataRecord, Extent, LARGEST_DOCUMENT, Manifest, PointRecord, PointSummary,
+};
 use crate::segment::check_header;
 
 /// The segments of a directory, opened when they are needed.
@@ -107,7 +109,12 @@ impl Files {
                 return Ok(());
             }
             Kind::Raw => {
-                read_at(&*self.segment(entry.segment())?, &path, entry.offset(), into)?;
+                read_at(
+                    &*self.segment(entry.segment())?,
+                    &path,
+                    entry.offset(),
+                    into,
+                )?;
             }
             kind => {
                 let file = self.segment(entry.segment())?;
@@ -183,7 +190,11 @@ impl Directory {
                 Some(step) => format!(
                     "{}: there is no point of step {step}; there are: {}",
                     self.path.display(),
-                    if steps.is_empty() { "none".into() } else { steps.join(", ") }
+                    if steps.is_empty() {
+                        "none".into()
+                    } else {
+                        steps.join(", ")
+                    }
                 ),
                 None => format!("{}: there is no finished point", self.path.display()),
             })
@@ -334,7 +345,10 @@ impl ArrayReader {
         if leaf.iter().any(|entry| !entry.plausible())
             || page[count * ENTRY..].iter().any(|byte| *byte != 0)
         {
-            return Err(Error::corrupt(&path, "a leaf of the index contradicts itself"));
+            return Err(Error::corrupt(
+                &path,
+                "a leaf of the index contradicts itself",
+            ));
         }
         leaf.truncate(count);
         Ok(self.loaded[number].get_or_init(|| leaf.into_boxed_slice()))
@@ -374,7 +388,9 @@ impl ArrayReader {
             let block = at / size;
             let len = self.len_of(block);
             let whole = at.is_multiple_of(size) && at + len <= end;
-            let entry = self.entry(block).map_err(|error| self.in_words(block, error))?;
+            let entry = self
+                .entry(block)
+                .map_err(|error| self.in_words(block, error))?;
             if whole && entry.kind() == Kind::Raw {
                 let run = self.run_from(block, entry, end)?;
                 let bytes: usize = (0..run.entries.len())
@@ -415,7 +431,9 @@ impl ArrayReader {
             if block >= self.record.blocks() || block * size + self.len_of(block) > end {
                 break;
             }
-            let next = self.entry(block).map_err(|error| self.in_words(block, error))?;
+            let next = self
+                .entry(block)
+                .map_err(|error| self.in_words(block, error))?;
             let expected = u64::from(entry.page()) + entries.len() as u64 * u64::from(pages);
             if next.kind() != Kind::Raw
                 || next.segment() != entry.segment()
@@ -447,7 +465,10 @@ impl ArrayReader {
             if hash(&buf[at..at + len]) != entry.hash {
                 return Err(self.in_words(
                     block,
-                    Error::corrupt(&path, format!("the bytes at {} are damaged", entry.offset())),
+                    Error::corrupt(
+                        &path,
+                        format!("the bytes at {} are damaged", entry.offset()),
+                    ),
                 ));
             }
             at += len;
@@ -488,7 +509,9 @@ impl ArrayReader {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
             let mut result = work();
             for other in others {
-                let ended = other.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")));
+                let ended = other
+                    .join()
+                    .unwrap_or_else(|_| Err(io::Error::other("a thread panicked")));
                 result = result.and(ended);
             }
             result

@@ -313,11 +313,7 @@ pub struct JobAside {
 impl Aside for JobAside {
     fn take(&self, offset: usize, len: usize, _copy: &dyn Fn(usize, &mut [u8])) {
         let staging = &self.shared.staging;
-        let mut next = || {
-            staging
-                .take(&|| self.job.is_cancelled())
-                .map(Buffer::Chunk)
-        };
+        let mut next = || staging.take(&|| self.job.is_cancelled()).map(Buffer::Chunk);
         let mut full = |batch| self.job.push(batch);
         let mut copier = Copier::new(&self.shared.sources, &mut next, &mut full);
         let group = &self.shared.groups[self.group];
@@ -450,7 +446,11 @@ impl Saver {
         job.point.used(self.shared.staging.take_peak());
         match result {
             Ok(()) => {
-                self.shared.state.lock().points.clone_from(&self.manifest.points);
+                self.shared
+                    .state
+                    .lock()
+                    .points
+                    .clone_from(&self.manifest.points);
                 self.shared.end(job, Ok(()));
                 if let Some(keep) = self.shared.options.max_to_keep
                     && let Err(error) = prune::prune(&self.shared, &mut self.manifest, keep)
@@ -549,7 +549,8 @@ impl Saver {
         if job.failures.load(Ordering::Relaxed) != self.shared.failures.load(Ordering::Relaxed) {
             // Its cut did not copy what an earlier one had taken, and that is lost.
             return Err(Error::Memory(
-                "an earlier save, or the drain, failed after the cut of this point; save again".into(),
+                "an earlier save, or the drain, failed after the cut of this point; save again"
+                    .into(),
             ));
         }
         Ok(())
@@ -559,7 +560,8 @@ impl Saver {
         if self.segment.is_none() {
             let number = self.next_segment;
             self.next_segment += 1;
-            let created = SegmentWriter::create(&self.shared.folder, number, self.manifest.identity);
+            let created =
+                SegmentWriter::create(&self.shared.folder, number, self.manifest.identity);
             match created {
                 Ok(segment) => self.segment = Some(segment),
                 Err(error) => {
@@ -616,7 +618,12 @@ impl Saver {
                     Some(old) if old.kind() == Kind::Raw && old.segment() == number => old.page(),
                     _ => segment.take(&shared.folder, len)?,
                 };
-                self.set(item.data, block, old, Entry::new(sum, Kind::Raw, number, page));
+                self.set(
+                    item.data,
+                    block,
+                    old,
+                    Entry::new(sum, Kind::Raw, number, page),
+                );
                 // Blocks that follow each other in the buffer and in the file are one write.
                 match &mut pending {
                     Some((first, range))
@@ -761,8 +768,11 @@ impl Saver {
         if let Err(error) = shared.folder.replace_manifest(&manifest.to_bytes()) {
             // It may have its name all the same. What a manifest names must stay.
             let named = shared.folder.names(segment.number());
-            let undone =
-                !named || shared.folder.replace_manifest(&self.manifest.to_bytes()).is_ok();
+            let undone = !named
+                || shared
+                    .folder
+                    .replace_manifest(&self.manifest.to_bytes())
+                    .is_ok();
             if undone {
                 return Err(error);
             }
@@ -902,11 +912,8 @@ impl Saver {
                 };
                 from = last.end;
                 let mut buffer = self.drain.buffer.take();
-                let mut next = || {
-                    Some(Buffer::Own(
-                        buffer.take().unwrap_or_else(|| vec![0; CHUNK]),
-                    ))
-                };
+                let mut next =
+                    || Some(Buffer::Own(buffer.take().unwrap_or_else(|| vec![0; CHUNK])));
                 let mut full = |batch| batches.push(batch);
                 let mut copier = Copier::new(&shared.sources, &mut next, &mut full);
                 let mut done = 0;

@@ -147,5 +147,4 @@ impl SegmentWriter {
         }
         folder.finish_segment(&self.file, self.number, u64::from(self.next) * PAGE as u64)
     }
-
 }

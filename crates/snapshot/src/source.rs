@@ -78,7 +78,12 @@ impl Source {
     }
 
     /// The blocks that pages of a ledger lie in.
-    pub fn blocks_of_pages(&self, ledger: &Ledger, pages: Range<usize>, page: usize) -> Range<usize> {
+    pub fn blocks_of_pages(
+        &self,
+        ledger: &Ledger,
+        pages: Range<usize>,
+        page: usize,
+    ) -> Range<usize> {
         self.blocks_at(ledger.start() + pages.start * page, pages.len() * page)
     }
 
@@ -162,7 +167,12 @@ mod tests {
     #[test]
     fn blocks_begin_at_pages_and_cover_the_array_exactly() {
         for block in [4096, 65_536] {
-            for start in [1 << 20, (1 << 20) + 16, (1 << 20) + 4095, (1 << 20) + 70_000] {
+            for start in [
+                1 << 20,
+                (1 << 20) + 16,
+                (1 << 20) + 4095,
+                (1 << 20) + 70_000,
+            ] {
                 for nbytes in [1, 15, 4080, 4096, 4097, 200_001] {
                     let source = source(start, nbytes, block);
                     let mut at = start;

@@ -142,7 +142,10 @@ impl Deref for Chunk {
         // SAFETY: the chunk's number was popped from the free list, so nobody else has this range, which
         // lies in the mapping that `staging` keeps.
         unsafe {
-            std::slice::from_raw_parts((self.staging.start + self.number * CHUNK) as *const u8, CHUNK)
+            std::slice::from_raw_parts(
+                (self.staging.start + self.number * CHUNK) as *const u8,
+                CHUNK,
+            )
         }
     }
 }

@@ -120,13 +120,7 @@ pub fn verify(
 }
 
 impl Search {
-    fn note(
-        &mut self,
-        step: Option<u64>,
-        array: Option<&str>,
-        offset: Option<u64>,
-        error: &Error,
-    ) {
+    fn note(&mut self, step: Option<u64>, array: Option<&str>, offset: Option<u64>, error: &Error) {
         let (path, detail) = match error {
             Error::Corrupt { path, detail } => (path.clone(), detail.clone()),
             Error::Io { path, call, error } => (path.clone(), format!("{call} failed: {error}")),
@@ -261,7 +255,11 @@ impl Search {
             let path = files.path_of(number);
             let file = files.segment(number)?;
             let mut at = 0;
-            for run in pages.runs(0..pages.pages()).into_iter().chain([pages.pages()..pages.pages()]) {
+            for run in pages
+                .runs(0..pages.pages())
+                .into_iter()
+                .chain([pages.pages()..pages.pages()])
+            {
                 if let Some(offset) = first_data(&file, &path, at * PAGE, run.start * PAGE)? {
                     let error = Error::corrupt(
                         &path,

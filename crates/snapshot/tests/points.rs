@@ -86,7 +86,10 @@ fn kinds() -> Vec<(&'static str, Memory)> {
     let mut kinds = vec![
         (
             "own small",
-            Memory::Own(Tracked::new(5 * MIB + 12_345, Pages::Small).unwrap(), 5 * MIB + 12_345),
+            Memory::Own(
+                Tracked::new(5 * MIB + 12_345, Pages::Small).unwrap(),
+                5 * MIB + 12_345,
+            ),
         ),
         ("foreign", Memory::Foreign(vec![7; 3 * MIB + 77])),
         ("foreign, below a MiB", Memory::Foreign(vec![9; 50_001])),
@@ -119,7 +122,10 @@ fn every_point_equals_a_copy_made_at_its_cut() {
         for drain in [false, true] {
             let folder = Folder::new();
             let mut kinds = kinds();
-            let arrays = kinds.iter().map(|(name, memory)| memory.array(name)).collect();
+            let arrays = kinds
+                .iter()
+                .map(|(name, memory)| memory.array(name))
+                .collect();
             let options = Options {
                 compress,
                 drain,
@@ -142,7 +148,12 @@ fn every_point_equals_a_copy_made_at_its_cut() {
                     }
                 }
                 let point = checkpointer.save(Some(step), "null".into()).unwrap();
-                copies.push(kinds.iter_mut().map(|(_, memory)| memory.bytes().to_vec()).collect());
+                copies.push(
+                    kinds
+                        .iter_mut()
+                        .map(|(_, memory)| memory.bytes().to_vec())
+                        .collect(),
+                );
                 // The program goes on at once.
                 for (_, memory) in &mut kinds {
                     let len = memory.len();
@@ -226,9 +237,14 @@ fn a_writer_at_full_speed_never_gets_into_a_point_of_guarded_memory() {
             .map(|chunk| u64::from_le_bytes(chunk[..8].try_into().unwrap()))
             .collect();
         let first = rounds[0];
-        let turn = rounds.iter().position(|round| *round != first).unwrap_or(rounds.len());
+        let turn = rounds
+            .iter()
+            .position(|round| *round != first)
+            .unwrap_or(rounds.len());
         assert!(
-            rounds[turn..].iter().all(|round| *round == first.wrapping_sub(1)),
+            rounds[turn..]
+                .iter()
+                .all(|round| *round == first.wrapping_sub(1)),
             "step {step}: a round behind {turn} is neither {first} nor the one before"
         );
     }
@@ -264,7 +280,14 @@ fn rewriting_equal_bytes_costs_nothing() {
 
 #[test]
 fn every_call_on_a_file_may_fail_and_the_points_before_and_after_are_whole() {
-    let ops = [Op::Create, Op::Write, Op::Sync, Op::Rename, Op::Punch, Op::Remove];
+    let ops = [
+        Op::Create,
+        Op::Write,
+        Op::Sync,
+        Op::Rename,
+        Op::Punch,
+        Op::Remove,
+    ];
     for op in ops {
         for which in 0..40u64 {
             let folder = Folder::new();
@@ -328,12 +351,19 @@ fn every_call_on_a_file_may_fail_and_the_points_before_and_after_are_whole() {
             }
             let _ = settle(&checkpointer);
             for point in checkpointer.points() {
-                let copy = &copies.iter().find(|(step, _)| *step == point.step).unwrap().1;
+                let copy = &copies
+                    .iter()
+                    .find(|(step, _)| *step == point.step)
+                    .unwrap()
+                    .1;
                 assert!(read(&folder.0, point.step, 0) == *copy, "{op:?} {which}");
             }
             let verified = verify(&folder.0, None, &mut |_| true).unwrap();
             assert_eq!(verified.damage, [], "{op:?} {which}");
-            assert!(checkpointer.points().last().unwrap().step >= 6, "{op:?} {which}");
+            assert!(
+                checkpointer.points().last().unwrap().step >= 6,
+                "{op:?} {which}"
+            );
             checkpointer.close();
             assert!(checkpointer.ended(Duration::from_secs(10)));
             if calls.load(Ordering::Relaxed) <= which {
@@ -390,7 +420,11 @@ fn a_store_that_hangs_fails_the_point_and_the_writer_goes_on() {
     point.wait(Duration::from_secs(10)).unwrap().unwrap();
     assert!(read(&folder.0, 4, 0).iter().all(|byte| *byte == 3));
     assert!(read(&folder.0, 1, 0).iter().all(|byte| *byte == 1));
-    let steps: Vec<u64> = checkpointer.points().iter().map(|point| point.step).collect();
+    let steps: Vec<u64> = checkpointer
+        .points()
+        .iter()
+        .map(|point| point.step)
+        .collect();
     assert_eq!(steps, [1, 4]);
 }
 

@@ -10,7 +10,10 @@ const RANGES: usize = 1024;
 /// Copies the ranges `(address, bytes)` into `into`, one after the other. `into` has exactly the sum of
 /// their lengths. Fails with EFAULT if one of them is not mapped any more; `into` is then half filled.
 pub fn read_foreign(ranges: &[(usize, usize)], into: &mut [u8]) -> io::Result<()> {
-    debug_assert_eq!(ranges.iter().map(|range| range.1).sum::<usize>(), into.len());
+    debug_assert_eq!(
+        ranges.iter().map(|range| range.1).sum::<usize>(),
+        into.len()
+    );
     let mut done = 0;
     for some in ranges.chunks(RANGES) {
         let len: usize = some.iter().map(|range| range.1).sum();

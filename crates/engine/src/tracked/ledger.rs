@@ -6,11 +6,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use userfault_uffd::Scan;
 use userfault_uffd::abi::{
     PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, UFFD_FEATURE_WP_ASYNC,
     UFFDIO_REGISTER_MODE_WP, page_region,
 };
-use userfault_uffd::Scan;
 
 use super::mapping;
 use crate::dirty::DirtyMap;

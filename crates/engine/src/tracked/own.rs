@@ -210,7 +210,10 @@ fn map(len: usize, kind: TrackedKind) -> Result<usize, Error> {
                 what: format!("tracked memory on {} pages", kind.name()),
             });
         }
-        return Err(Error::last_os("mmap", format!("of {len} bytes to be tracked")));
+        return Err(Error::last_os(
+            "mmap",
+            format!("of {len} bytes to be tracked"),
+        ));
     }
     let raw = raw as usize;
     let start = if spare > 0 {

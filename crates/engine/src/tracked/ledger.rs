@@ -215,7 +215,7 @@ impl Drop for Ledger {
         let mut at = start;
         for range in kept
             .into_iter()
-            .chain([end..end])
+            .chain(std::iter::once(end..end))
             .filter(|range| range.end > start && range.start <= end)
         {
             if at < range.start {

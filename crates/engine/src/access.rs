@@ -6,12 +6,13 @@
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::fill::NO_ROOM_FOR;
 use crate::pool::Queue;
 use crate::workers::Lead;
 
@@ -134,6 +135,7 @@ fn claim_to_overwrite(
     block: u32,
 ) -> Result<State, Error> {
     let (start, len) = (body.start(block), body.block_len(block));
+    let began = Instant::now();
     loop {
         let before = {
             let mut table = body.lock();
@@ -158,14 +160,23 @@ fn claim_to_overwrite(
             return Ok(before);
         }
         if room {
+            // The kernel has no memory, although the limit allows it.
             let _ = body.memory.punch(start, len);
             engine.give_back(body, len as u64);
+            engine.make_way(body, 0, &mut Lead::none(engine));
         }
         let mut table = body.lock();
         let waited = body.release(&mut table, block, State::Absent);
         drop(table);
         if waited {
             engine.wake(body, block);
+        }
+        if began.elapsed() > NO_ROOM_FOR + body.retry_for {
+            return Err(body.lock().pending.take().unwrap_or(Error::Memory {
+                asked: len as u64,
+                limit: 0,
+                what: "writing a block".into(),
+            }));
         }
         std::thread::sleep(Duration::from_millis(1));
     }

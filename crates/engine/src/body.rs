@@ -37,6 +37,8 @@ pub(crate) struct Body {
     pub(crate) on_error: OnError,
     pub(crate) retry_for: Duration,
     pub(crate) store: StoreBox,
+    /// Held during a read, for stores that take one at a time: one lock for all regions of a store.
+    read_turn: Option<Arc<Mutex<()>>>,
     /// Where the region begins in its store, bytes.
     pub(crate) store_offset: u64,
     /// Bytes asked for; the mapping may be longer.
@@ -73,6 +75,7 @@ pub(crate) struct Plan {
     pub(crate) on_error: OnError,
     pub(crate) retry_for: Duration,
     pub(crate) store: Arc<dyn Store>,
+    pub(crate) read_turn: Option<Arc<Mutex<()>>>,
     pub(crate) store_offset: u64,
     pub(crate) len: usize,
     pub(crate) memory: Memory,
@@ -96,6 +99,7 @@ impl Body {
             access: plan.access,
             on_error: plan.on_error,
             retry_for: plan.retry_for,
+            read_turn: plan.read_turn,
             store: StoreBox(plan.store),
             store_offset: plan.store_offset,
             len: plan.len,
@@ -224,6 +228,12 @@ impl Body {
 
     /// Ends ownership of a block. True if a toucher waits and must be woken.
     pub(crate) fn release(&self, table: &mut Table, block: u32, state: State) -> bool {
+        if table.take_given_up(block) {
+            // The poison lay there only for as long as nobody knew when the owner would come back.
+            let _ = self.memory.zap(self.start(block), self.block_len(block));
+            let offset = self.start(block) as u64;
+            table.errors.retain(|error| error.offset != offset);
+        }
         let waited = table.release(block, state);
         self.changed(table);
         waited
@@ -246,6 +256,9 @@ impl Body {
         let stored = self.stored(start, into.len());
         let (bytes, tail) = into.split_at_mut(stored);
         let offset = self.store_offset + start as u64;
+        let Some(_turn) = self.turn(now) else {
+            return Ok(false);
+        };
         let read = if now {
             self.store.0.read_now(offset, bytes)?
         } else {
@@ -303,6 +316,16 @@ impl Body {
     pub(crate) fn refuses_writes(&self, now: u32) -> bool {
         let until = self.refused_until.load(Ordering::Relaxed);
         until != 0 && (until.wrapping_sub(now) as i32) > 0
+    }
+
+    /// Waits for the store's turn, if it can do one read at a time only. With `now`, `None` says that
+    /// another read is under way.
+    fn turn(&self, now: bool) -> Option<Option<MutexGuard<'_, ()>>> {
+        match &self.read_turn {
+            None => Some(None),
+            Some(turn) if now => turn.try_lock().map(Some),
+            Some(turn) => Some(Some(turn.lock())),
+        }
     }
 
     /// True if a failed read is tried again.

@@ -17,11 +17,14 @@ use crate::body::Body;
 use crate::engine::Engine;
 use crate::fill::Filling;
 use crate::poison;
-use crate::signals::BlockedSignals;
+use crate::threads;
 use crate::workers::Task;
 
 /// How often watched reads are looked at.
 const TICK: Duration = Duration::from_millis(20);
+
+/// How often the sleepers on owned blocks are looked at.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A read that may hang.
 struct Watched {
@@ -42,6 +45,8 @@ thread_local! {
 struct Waiting {
     deferred: Vec<(Instant, Filling)>,
     slots: Vec<Slot>,
+    /// Blocks that somebody sleeps on while an owner without a deadline has them.
+    owned: Vec<(Arc<Body>, u32)>,
     asleep: bool,
 }
 
@@ -74,12 +79,9 @@ impl Watch {
 
 impl Clock {
     pub(crate) fn start(&self, engine: &'static Engine) -> bool {
-        let _blocked = BlockedSignals::all();
-        std::thread::Builder::new()
-            .name("userfault-clock".into())
-            .stack_size(128 << 10)
-            .spawn(move || engine.clock.run(engine))
-            .is_ok()
+        threads::start("userfault-clock", 128 << 10, move || {
+            engine.clock.run(engine);
+        })
     }
 
     /// Tries a fill again after `pause`.
@@ -88,6 +90,15 @@ impl Clock {
         waiting.deferred.push((Instant::now() + pause, filling));
         drop(waiting);
         self.ring.notify_one();
+    }
+
+    /// Watches the sleepers on a block that has an owner.
+    pub(crate) fn watch_sleepers(&self, body: &Arc<Body>, block: u32) {
+        let mut waiting = self.waiting.lock();
+        waiting.owned.push((body.clone(), block));
+        if waiting.asleep {
+            self.ring.notify_one();
+        }
     }
 
     /// Watches the read that this thread begins now.
@@ -128,6 +139,7 @@ impl Clock {
 
     fn run(&self, engine: &'static Engine) {
         let mut waiting = self.waiting.lock();
+        let mut look = Instant::now();
         loop {
             let now = Instant::now();
             let mut due = Vec::new();
@@ -156,6 +168,21 @@ impl Clock {
             if watching {
                 next = next.min(now + TICK);
             }
+            if !waiting.owned.is_empty() {
+                if now >= look {
+                    let owned = std::mem::take(&mut waiting.owned);
+                    // The tables' locks come before this one.
+                    drop(waiting);
+                    let kept: Vec<_> = owned
+                        .into_iter()
+                        .filter(|(body, block)| sleepers_wait(engine, body, *block))
+                        .collect();
+                    waiting = self.waiting.lock();
+                    waiting.owned.extend(kept);
+                    look = Instant::now() + LOOK;
+                }
+                next = next.min(look);
+            }
             if !due.is_empty() || !late.is_empty() {
                 drop(waiting);
                 for filling in due {
@@ -174,8 +201,30 @@ impl Clock {
     }
 }
 
+/// True as long as somebody sleeps on an owned block. Once that has taken too long, the store does not come
+/// back from a write: the sleepers get SIGBUS, and poison lies over the block until it does. The block
+/// stays its owner's, with all its bytes.
+fn sleepers_wait(engine: &Engine, body: &Body, block: u32) -> bool {
+    let mut table = body.lock();
+    match table.waiting(block) {
+        None => return false,
+        Some(waited) if waited < body.retry_for => return true,
+        Some(_) => {}
+    }
+    table.give_up_sleepers(block);
+    let cause = format!(
+        "the write under way has not come back after {:?}",
+        body.retry_for
+    );
+    poison::tell_sleepers(body, &mut table, block, &cause);
+    let _ = engine.poison(body, block);
+    drop(table);
+    engine.wake(body, block);
+    false
+}
+
 /// Takes a block away from a read that does not come back.
-fn give_up(engine: &Engine, watched: &Watched) {
+fn give_up(engine: &'static Engine, watched: &Watched) {
     let (body, block) = (&watched.body, watched.block);
     {
         let mut table = body.lock();
@@ -184,9 +233,12 @@ fn give_up(engine: &Engine, watched: &Watched) {
         }
         table.reads.remove(&block);
         table.hung.insert(block, watched.ticket);
+        // Before the read can come back and be taken off again.
+        engine.note_hung(true);
         table.turn_into(block, State::Poisoning);
+        // The thread is lost, its place is not.
+        engine.fill_ended(body, &mut table);
     }
-    engine.note_hung(true);
     let waited = body.retry_for;
     let cause = io::Error::new(
         io::ErrorKind::TimedOut,

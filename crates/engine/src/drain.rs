@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::Access;
 use crate::clean::{self, Which};
 use crate::engine::Engine;
-use crate::signals::BlockedSignals;
+use crate::threads;
 
 /// How long written bytes stay in memory alone, at most.
 pub const AGE: Duration = Duration::from_secs(30);
@@ -26,12 +26,9 @@ pub(crate) struct Drain {
 
 impl Drain {
     pub(crate) fn start(&self, engine: &'static Engine) -> bool {
-        let _blocked = BlockedSignals::all();
-        std::thread::Builder::new()
-            .name("userfault-drain".into())
-            .stack_size(256 << 10)
-            .spawn(move || engine.drain.run(engine))
-            .is_ok()
+        threads::start("userfault-drain", 256 << 10, move || {
+            engine.drain.run(engine)
+        })
     }
 
     /// Asks for a round over what rests dirty.

@@ -4,11 +4,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
+use userfault_store::Store;
 use userfault_uffd::abi::{
     UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_HUGETLBFS,
     UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_POISON,
@@ -62,6 +63,8 @@ pub(crate) struct Engine {
     /// Counts of regions that are gone.
     pub(crate) past: Counters,
     hung: AtomicUsize,
+    /// The locks of stores that take one read at a time, by the address of the store.
+    read_turns: Mutex<HashMap<usize, Weak<Mutex<()>>>>,
     /// The debug option: clean blocks are hashed.
     pub(crate) hashing: bool,
     pub(crate) tickets: AtomicU64,
@@ -145,6 +148,7 @@ impl Engine {
             drain: Drain::default(),
             past: Counters::new(),
             hung: AtomicUsize::new(0),
+            read_turns: Mutex::default(),
             hashing: crate::watch::asked_for(),
             tickets: AtomicU64::new(1),
             epoch: Instant::now(),
@@ -186,6 +190,21 @@ impl Engine {
         self.by_address.write().remove(&body.memory.main());
         self.by_id.write().remove(&body.id);
         self.past.absorb(&body.counters);
+    }
+
+    /// The lock that a store's reads take, if it cannot do several at once.
+    pub(crate) fn read_turn(&self, store: &Arc<dyn Store>) -> Option<Arc<Mutex<()>>> {
+        if store.concurrent_reads() {
+            return None;
+        }
+        let mut turns = self.read_turns.lock();
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        let place = turns.entry(Arc::as_ptr(store).addr()).or_default();
+        Some(place.upgrade().unwrap_or_else(|| {
+            let turn = Arc::new(Mutex::new(()));
+            *place = Arc::downgrade(&turn);
+            turn
+        }))
     }
 
     /// Threads that a store does not let go of.

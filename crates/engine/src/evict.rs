@@ -45,7 +45,7 @@ fn unmap(engine: &Engine, body: &Body, block: u32) {
         let mut table = body.lock();
         table.set_ghost(block, evictions.max(1));
         waited = body.release(&mut table, block, State::Absent);
-        let idle = table.span_idle(block);
+        let idle = table.hold_idle_span(block);
         drop(table);
         engine.give_back(body, len as u64);
         if idle {
@@ -89,7 +89,10 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         let bytes = body
             .memory
             .resting_bytes(run.start * page, run.len() * page);
-        if let Err(error) = body.write_store(run.start * page, bytes, true) {
+        let watch = lead.watch_write();
+        let written = body.write_store(run.start * page, bytes, true);
+        lead.write_ended(watch);
+        if let Err(error) = written {
             body.write_failed(engine.now_ms());
             stay(engine, body, block, runs, Some(error));
             return false;
@@ -104,7 +107,7 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
     let mut table = body.lock();
     table.set_ghost(block, evictions.max(1));
     let waited = body.release(&mut table, block, State::Absent);
-    let idle = table.span_idle(block);
+    let idle = table.hold_idle_span(block);
     drop(table);
     engine.give_back(body, len as u64);
     if idle {

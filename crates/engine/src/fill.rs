@@ -19,16 +19,25 @@ use crate::pool::Queue;
 use crate::readahead::{LONGEST_WINDOW, WINDOW_SHARE, Window};
 use crate::staging;
 use crate::stats::add;
+use crate::table::Table;
 use crate::workers::{Lead, Task, Touch};
 
 /// How long a fault waits for memory before its block is given up, beside the region's `retry_for`. It
 /// only comes to that when nothing can leave: what is dirty cannot be written.
-const NO_ROOM_FOR: Duration = Duration::from_secs(60);
+pub(crate) const NO_ROOM_FOR: Duration = Duration::from_secs(60);
+
+/// Fills of one region at once. The others wait, so that a store that is slow or hangs does not take every
+/// thread from the regions of other stores.
+const MOST_FILLS: usize = 32;
+
+/// The least time that a call of a store is given, however late it begins.
+const LAST_TRY: Duration = Duration::from_millis(100);
 
 /// The first and the longest pause between two tries of a read.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 
 /// A fill under way. Its block is in state Filling, and whoever holds this owns it.
+#[derive(Debug)]
 pub(crate) struct Filling {
     pub(crate) body: Arc<Body>,
     pub(crate) block: u32,
@@ -118,7 +127,9 @@ impl Engine {
         });
         match answer {
             Answer::Wait => {
-                table.wait(block);
+                if table.wait(block) {
+                    self.clock.watch_sleepers(&body, block);
+                }
                 add(&counters.waits, 1);
             }
             Answer::Wake => {
@@ -157,7 +168,11 @@ impl Engine {
                     self.map_in_memory(&body, block);
                 } else {
                     drop(table);
-                    self.refill_page(&body, block, offset, lead);
+                    // The program threw a page away: the block is read again, as if it had been evicted.
+                    let len = body.block_len(block);
+                    let _ = body.memory.zap(body.start(block), len);
+                    self.give_back(&body, len as u64);
+                    self.fill(Filling::new(body, block, touch.thread, touch.read), lead);
                 }
             }
             Answer::Poison => {
@@ -228,41 +243,45 @@ impl Engine {
         }
     }
 
-    /// Private memory: the program threw a page away, which is read again.
-    fn refill_page(&self, body: &Arc<Body>, block: u32, offset: usize, lead: &mut Lead) {
-        lead.give_up();
-        let page = body.memory.page();
-        let start = offset / page * page;
-        let read = staging::with(page, |buffer| {
-            body.read_store(start, buffer, false)?;
-            self.copy(body, start, buffer)
-        });
-        match read {
-            Ok(()) => {
-                let mut table = body.lock();
-                let _ = body.release(&mut table, block, State::Resident);
-                drop(table);
-                self.wake(body, block);
-            }
-            Err(error) => {
-                let _ = body.memory.zap(body.start(block), body.block_len(block));
-                self.give_back(body, body.block_len(block) as u64);
-                poison::give_up(self, body, block, &error);
-            }
-        }
-    }
-
     /// Brings an absent block in. The block is in state Filling and belongs to `filling`.
-    pub(crate) fn fill(&'static self, mut filling: Filling, lead: &mut Lead) {
+    pub(crate) fn fill(&'static self, filling: Filling, lead: &mut Lead) {
         let body = filling.body.clone();
-        let block = filling.block;
         {
             let mut table = body.lock();
             if table.closed {
-                let _ = body.release(&mut table, block, State::Absent);
+                let rest = std::mem::take(&mut table.fills_waiting);
+                for filling in rest.iter().chain([&filling]) {
+                    let _ = body.release(&mut table, filling.block, State::Absent);
+                    if filling.no_room_since.is_some() {
+                        self.pool_of(&body).wait(false);
+                    }
+                }
                 return;
             }
+            if table.filling >= MOST_FILLS {
+                table.fills_waiting.push_back(filling);
+                return;
+            }
+            table.filling += 1;
         }
+        if self.fill_once(filling, lead) {
+            self.fill_ended(&body, &mut body.lock());
+        }
+    }
+
+    /// Lets the next fill of a region begin.
+    pub(crate) fn fill_ended(&'static self, body: &Body, table: &mut Table) {
+        debug_assert!(body.id > 0 && table.filling > 0);
+        table.filling -= 1;
+        if let Some(next) = table.fills_waiting.pop_front() {
+            self.workers.submit(self, Task::Fill(next));
+        }
+    }
+
+    /// One try of a fill. False if the clock took the block away from it meanwhile.
+    fn fill_once(&'static self, mut filling: Filling, lead: &mut Lead) -> bool {
+        let body = filling.body.clone();
+        let block = filling.block;
         let now = Instant::now();
         let tried = match self.try_fill(&filling, lead) {
             Tried::Refused(error) => {
@@ -280,7 +299,7 @@ impl Engine {
             if waited {
                 self.wake(&body, block);
             }
-            return;
+            return true;
         }
         match tried {
             Tried::Mapped => {
@@ -319,15 +338,17 @@ impl Engine {
                         block,
                         &io::Error::other(format!("no memory: {cause}")),
                     );
-                    return;
+                    return true;
                 }
                 self.clock.defer(filling, Duration::from_millis(1));
             }
             Tried::Failed(error) => {
-                if body.retries() && filling.began.elapsed() < body.retry_for {
+                let pause = PAUSES.0 * 2u32.saturating_pow(filling.tries.min(16));
+                let pause = pause.min(PAUSES.1);
+                // A try that would begin after the deadline could only be told that it is late.
+                if body.retries() && filling.began.elapsed() + pause < body.retry_for {
                     filling.tries += 1;
-                    let pause = PAUSES.0 * 2u32.saturating_pow(filling.tries.min(16) - 1);
-                    self.clock.defer(filling, pause.min(PAUSES.1));
+                    self.clock.defer(filling, pause);
                 } else {
                     if filling.no_room_since.is_some() {
                         self.pool_of(&body).wait(false);
@@ -339,14 +360,27 @@ impl Engine {
                 if filling.no_room_since.is_some() {
                     self.pool_of(&body).wait(false);
                 }
+                return false;
             }
         }
+        true
     }
 
     fn try_fill(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
         let (body, block) = (&filling.body, filling.block);
         let bytes = body.block_len(block) as u64;
-        if !self.make_room(body, bytes, filling.thread, lead) {
+        // Whoever makes room may have to write, and a write may hang: the fault still has its deadline.
+        lead.on_behalf = Some((body.clone(), block, self.deadline(filling)));
+        let room = self.make_room(body, bytes, filling.thread, lead);
+        lead.on_behalf = None;
+        if std::mem::take(&mut lead.too_late) {
+            if room {
+                self.give_back(body, bytes);
+            }
+            self.came_back(body, block);
+            return Tried::Abandoned;
+        }
+        if !room {
             return Tried::NoRoom;
         }
         let tried = if body.by_copy() {
@@ -435,6 +469,11 @@ impl Engine {
         }
     }
 
+    /// When a call of the store that begins now counts as lost.
+    fn deadline(&self, filling: &Filling) -> Instant {
+        (filling.began + filling.body.retry_for).max(Instant::now() + LAST_TRY)
+    }
+
     /// Reads a block. `Ok(false)`: it took too long, and the block is no longer ours.
     fn read(
         &'static self,
@@ -449,9 +488,7 @@ impl Engine {
             return Ok(true);
         }
         lead.give_up();
-        let watch = self
-            .clock
-            .watch(self, body, block, filling.began + body.retry_for);
+        let watch = self.clock.watch(self, body, block, self.deadline(filling));
         let read = body.read_store(start, buffer, false);
         if !watch.end(body) {
             return Ok(false);
@@ -465,7 +502,7 @@ impl Engine {
     fn came_back(&self, body: &Body, block: u32) {
         let mut table = body.lock();
         table.hung.remove(&block);
-        if table.state(block) == State::Poisoned && !body.by_copy() {
+        if table.state(block) == State::Poisoned && !body.by_copy() && !table.sealed {
             // Releasing the memory lifted the poison of hugetlb pages.
             let _ = self.poison(body, block);
         }

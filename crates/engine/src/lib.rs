@@ -62,6 +62,7 @@ mod signals;
 mod staging;
 mod stats;
 mod table;
+mod threads;
 pub mod tracked;
 mod watch;
 mod workers;

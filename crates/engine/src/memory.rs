@@ -83,6 +83,22 @@ fn unmap(at: usize, len: usize) {
     unsafe { libc::munmap(at as *mut libc::c_void, len) };
 }
 
+/// Makes a fresh mapping without access accessible.
+///
+/// A program that called mlockall(MCL_FUTURE) has the kernel fill every new mapping with zeros at once, before
+/// it can be registered; those would be taken for the store's bytes. Memory without access is not filled, and
+/// what is not locked any more is not filled later.
+fn open_up(at: usize, len: usize, prot: i32) -> Result<(), Error> {
+    // SAFETY: the range was just mapped by this file; nobody else knows of it.
+    unsafe {
+        libc::munlock(at as *const libc::c_void, len);
+        if libc::mprotect(at as *mut libc::c_void, len, prot) < 0 {
+            return Err(Error::last_os("mprotect", ""));
+        }
+    }
+    Ok(())
+}
+
 /// Reserves address space whose start is a multiple of 2 MiB, so that page tables can be given back.
 fn reserve(len: usize) -> Result<usize, Error> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -165,25 +181,22 @@ impl Memory {
                 map(
                     main,
                     len,
-                    prot,
+                    libc::PROT_NONE,
                     fixed | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
                     -1,
                 )?;
                 // Pages arrive one block at a time: the kernel must not make huge ones of them.
                 memory.advise(main, len, libc::MADV_NOHUGEPAGE)?;
+                open_up(main, len, prot)?;
             }
             Some(file) => {
                 let fd = file.as_raw_fd();
-                map(main, len, prot, fixed | libc::MAP_SHARED, fd)?;
+                map(main, len, libc::PROT_NONE, fixed | libc::MAP_SHARED, fd)?;
+                open_up(main, len, prot)?;
                 let view = reserve(len)?;
                 memory.view = view;
-                map(
-                    view,
-                    len,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    fixed | libc::MAP_SHARED,
-                    fd,
-                )?;
+                map(view, len, libc::PROT_NONE, fixed | libc::MAP_SHARED, fd)?;
+                open_up(view, len, libc::PROT_READ | libc::PROT_WRITE)?;
                 memory.advise(view, len, libc::MADV_DONTFORK)?;
             }
         }
@@ -273,7 +286,7 @@ impl Memory {
         }
     }
 
-    /// Unmaps pages from the user's mapping. Shared pages stay in memory.
+    /// Unmaps pages from the user's mapping, locked or not. Shared pages stay in memory.
     pub fn zap(&self, offset: usize, len: usize) -> io::Result<()> {
         assert!(offset + len <= self.len);
         // SAFETY: the range lies in the user's mapping, which this value owns.
@@ -281,7 +294,7 @@ impl Memory {
             libc::madvise(
                 (self.main + offset) as *mut libc::c_void,
                 len,
-                libc::MADV_DONTNEED,
+                libc::MADV_DONTNEED_LOCKED,
             )
         } < 0
         {

@@ -43,7 +43,12 @@ fn add(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
 
 /// Takes a pin away; returns the bytes that are pinned no more.
 fn take(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
-    if write {
+    // A pin that failed may cover blocks that it did not get: no device has written there.
+    let had = matches!(
+        table.state(block),
+        State::Resident | State::Cleaning | State::Writing
+    );
+    if write && had {
         table.mark_dirty(body.pages(block));
     }
     let Some(pins) = table.pins.get_mut(&block) else {
@@ -54,7 +59,9 @@ fn take(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
     if pins.count > 0 {
         return 0;
     }
-    table.pins.remove(&block);
+    if pins.holds == 0 {
+        table.pins.remove(&block);
+    }
     body.block_len(block) as u64
 }
 
@@ -187,7 +194,7 @@ impl<'a> Hold<'a> {
                 return Err(Error::Closed);
             }
             table.holds += 1;
-            add(&mut table, body, block, false);
+            table.pins.entry(block).or_default().holds += 1;
         }
         let hold = Hold { body, block };
         make_resident(engine, body, block)?;
@@ -199,7 +206,12 @@ impl Drop for Hold<'_> {
     fn drop(&mut self) {
         let mut table = self.body.lock();
         table.holds -= 1;
-        take(&mut table, self.body, self.block, false);
+        if let Some(pins) = table.pins.get_mut(&self.block) {
+            pins.holds -= 1;
+            if pins.holds == 0 && pins.count == 0 {
+                table.pins.remove(&self.block);
+            }
+        }
         self.body.changed(&table);
     }
 }

@@ -48,6 +48,25 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
     engine.wake(body, block);
 }
 
+/// Records, and says on stderr, that the sleepers on an owned block are given up: its write does not come back.
+pub(crate) fn tell_sleepers(body: &Body, table: &mut Table, block: u32, cause: &str) {
+    let (offset, len) = (body.start(block) as u64, body.block_len(block) as u64);
+    crate::say::line(&format!(
+        "userfault: {}: {len} bytes at offset {offset} cannot be reached, {}: {cause}; touching them is SIGBUS \
+         until it has",
+        body.name,
+        body.store.0.name(),
+    ));
+    table.errors.push(BlockError {
+        offset,
+        len,
+        errno: 0,
+        message: cause.to_owned(),
+        time: SystemTime::now(),
+    });
+    add(&body.counters.errors, 1);
+}
+
 /// Tries a poisoned block again; returns the bytes healed.
 pub(crate) fn heal(engine: &'static Engine, body: &Arc<Body>, block: u32) -> Result<u64, Error> {
     let offset = body.start(block) as u64;

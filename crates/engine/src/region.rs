@@ -138,11 +138,27 @@ impl Region {
         if options.access != Access::ReadOnly && !store.writable() {
             return Err(Error::ReadOnly);
         }
+        let end = options.offset.checked_add(options.len);
+        if end.is_none() || (options.access == Access::ReadWrite && end > Some(store.len())) {
+            return Err(Error::Invalid(format!(
+                "{} bytes at offset {} do not lie within {}, which has {} bytes and does not grow",
+                options.len,
+                options.offset,
+                store.name(),
+                store.len()
+            )));
+        }
         let engine = Engine::current()?;
         let limit = options
             .memory_limit
             .unwrap_or_else(|| engine.pool.figures().limit);
         let shape = shape(&options, &*store, limit)?;
+        if options.len.div_ceil(shape.block as u64) > u64::from(u32::MAX) {
+            return Err(Error::Invalid(format!(
+                "{} bytes are too many for blocks of {} bytes; ask for larger blocks",
+                options.len, shape.block
+            )));
+        }
         let memory = memory(&options, &shape, limit)?;
         let own_pool = options.memory_limit.map(|limit| Arc::new(Pool::new(limit)));
         let body = Arc::new(Body::new(Plan {
@@ -151,6 +167,7 @@ impl Region {
             access: options.access,
             on_error: options.on_error,
             retry_for: options.retry_for,
+            read_turn: engine.read_turn(&store),
             store,
             store_offset: options.offset,
             len: options.len as usize,
@@ -519,7 +536,7 @@ impl Region {
                 .filter(|block| matches!(table.state(*block), State::Resident | State::Resting))
                 .map(|block| body.block_len(block))
                 .sum();
-            (bytes as u64, !table.in_use() && table.hung.is_empty())
+            (bytes as u64, table.quiet())
         };
         engine.give_back(body, bytes);
         body.lock().forget_spans();
@@ -544,7 +561,9 @@ impl Drop for Region {
             return;
         }
         self.abandon();
-        if self.state.load(Ordering::Acquire) == SEALED {
+        // A store that has not come back leaves threads behind that may still use these addresses: then
+        // nobody else gets them, ever.
+        if self.state.load(Ordering::Acquire) == SEALED && self.body.lock().quiet() {
             fork::forget(&[Kept::Range(self.body.memory.main(), self.body.memory.len())]);
             self.body.memory.unmap_main();
         }
@@ -564,7 +583,8 @@ fn of_body(body: &Body) -> Stats {
         ((table.resident + table.resting + table.owned) * body.block).min(body.memory.len()) as u64;
     stats.page_tables = table.spans_used as u64 * body.span_tables();
     stats.dirty = (table.home.count() * body.memory.page()) as u64;
-    stats.pinned = (table.pins.len() * body.block) as u64;
+    let pinned = table.pins.values().filter(|pins| pins.count > 0).count();
+    stats.pinned = (pinned * body.block) as u64;
     if body.memory.kind() == Kind::Hugetlb {
         stats.hugetlb = stats.resident + stats.resting;
     }

@@ -162,7 +162,8 @@ impl Engine {
         }
     }
 
-    /// Gives back the page tables of a block's span, if nothing of it is in memory.
+    /// Gives back the page tables of a block's span, of which nothing is in memory, and lets go of the
+    /// mappings (see [`Table::hold_idle_span`](crate::table::Table::hold_idle_span)).
     ///
     /// Write-protect markers keep a table in use, so they are lifted first; then unmapping the whole span
     /// frees the table. Both are safe beside a fill that begins meanwhile: a page without its marker counts
@@ -181,6 +182,9 @@ impl Engine {
             body.memory.zap_view(start, len);
         }
         self.settle_tables(body);
+        let mut table = body.lock();
+        table.holds -= 1;
+        body.changed(&table);
     }
 
     /// Takes `bytes` for a block of `body`, evicting others as needed. False: not now.
@@ -196,6 +200,9 @@ impl Engine {
             let Some(progress) = self.one_leaves(full, thread, &mut passed, lead) else {
                 return false;
             };
+            if lead.too_late {
+                return false;
+            }
             fruitless = if progress { 0 } else { fruitless + 1 };
             // Everything that could leave has been looked at and cannot: pinned, owned, or not writable.
             if fruitless > 64 + full.entries() / 4 {

@@ -4,13 +4,14 @@
 //! whoever needs to do either claims the block first, lets go of the lock, and releases the block at the
 //! end. Untouched parts of the table cost no memory: every array starts as untouched zeros.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::block::{self, Purpose, State};
 use crate::dirty::DirtyMap;
 use crate::error::Error;
+use crate::fill::Filling;
 
 /// Somebody faulted on the block while it was owned: wake it at the end.
 const WAITED: u8 = 1;
@@ -40,6 +41,8 @@ pub struct Pins {
     pub count: u32,
     /// Those through which a device may write.
     pub writers: u32,
+    /// Copies through the mapping under way, which are no pins: they end by themselves.
+    pub holds: u32,
 }
 
 /// The state of every block of a region.
@@ -64,6 +67,15 @@ pub struct Table {
     pub(crate) reads: HashMap<u32, u64>,
     /// Blocks whose memory a hung read may still write to.
     pub(crate) hung: HashMap<u32, u64>,
+    /// Owned blocks that somebody sleeps on, by the moment the first of them came, unless the owner has a
+    /// deadline of its own.
+    waiting_since: HashMap<u32, Instant>,
+    /// Owned blocks whose sleepers were given up: poison lies over them until their owner comes back.
+    given_up: HashSet<u32>,
+    /// Fills under way.
+    pub(crate) filling: usize,
+    /// Fills that wait until fewer are under way.
+    pub(crate) fills_waiting: VecDeque<Filling>,
     pub(crate) errors: Vec<BlockError>,
     /// With the debug option: hashes of blocks as they were mapped, for those that are not dirty.
     pub(crate) hashes: HashMap<u32, u64>,
@@ -81,7 +93,7 @@ pub struct Table {
     pub(crate) closed: bool,
     /// Set before the mappings go: nobody takes a block any more, whatever for.
     pub(crate) sealed: bool,
-    /// Copies out of private memory under way.
+    /// Users of the mappings who own no block: copies out of private memory, spans that are unmapped.
     pub(crate) holds: usize,
 }
 
@@ -105,6 +117,10 @@ impl Table {
             unsynced: DirtyMap::new(pages),
             reads: HashMap::new(),
             hung: HashMap::new(),
+            waiting_since: HashMap::new(),
+            given_up: HashSet::new(),
+            filling: 0,
+            fills_waiting: VecDeque::new(),
             errors: Vec::new(),
             hashes: HashMap::new(),
             pages_per_block,
@@ -157,9 +173,12 @@ impl Table {
         }
     }
 
-    /// True if no block of the block's span is in use.
-    pub(crate) fn span_idle(&self, block: u32) -> bool {
-        self.spans[block as usize / self.blocks_per_span] == 0
+    /// True if no block of the block's span is in use. The mappings are then held for the caller, who owns
+    /// no block any more and is about to unmap the span: they must not go meanwhile.
+    pub(crate) fn hold_idle_span(&mut self, block: u32) -> bool {
+        let idle = self.spans[block as usize / self.blocks_per_span] == 0;
+        self.holds += usize::from(idle);
+        idle
     }
 
     /// Forgets all spans: the mappings are gone.
@@ -210,6 +229,9 @@ impl Table {
         let flags = &mut self.flags[block as usize];
         let waited = *flags & WAITED != 0;
         *flags &= !(WAITED | REFILLING);
+        if waited {
+            self.waiting_since.remove(&block);
+        }
         waited
     }
 
@@ -225,9 +247,35 @@ impl Table {
         self.set(block, state);
     }
 
-    /// Notes that a toucher waits for the owner.
-    pub(crate) fn wait(&mut self, block: u32) {
+    /// Notes that a toucher waits for the owner. True if the owner has no deadline, and the wait is to be
+    /// watched: a fill has its own.
+    pub(crate) fn wait(&mut self, block: u32) -> bool {
         self.flags[block as usize] |= WAITED;
+        if !matches!(
+            self.state(block),
+            State::Evicting | State::Cleaning | State::Writing
+        ) || self.waiting_since.contains_key(&block)
+        {
+            return false;
+        }
+        self.waiting_since.insert(block, Instant::now());
+        true
+    }
+
+    /// How long somebody has been waiting for the owner of a block.
+    pub(crate) fn waiting(&self, block: u32) -> Option<Duration> {
+        self.waiting_since.get(&block).map(Instant::elapsed)
+    }
+
+    /// Notes that the sleepers on an owned block were given up.
+    pub(crate) fn give_up_sleepers(&mut self, block: u32) {
+        self.waiting_since.remove(&block);
+        self.given_up.insert(block);
+    }
+
+    /// True if the sleepers on a block, whose owner has now come back, were given up; once.
+    pub(crate) fn take_given_up(&mut self, block: u32) -> bool {
+        !self.given_up.is_empty() && self.given_up.remove(&block)
     }
 
     pub(crate) fn ghost(&self, block: u32) -> u32 {
@@ -236,6 +284,11 @@ impl Table {
 
     pub(crate) fn set_ghost(&mut self, block: u32, evictions: u32) {
         self.ghosts[block as usize] = evictions;
+    }
+
+    /// True if nobody uses the memory, nor may a read that was given up still come back to it.
+    pub(crate) fn quiet(&self) -> bool {
+        !self.in_use() && self.hung.is_empty()
     }
 
     /// True if a device may be writing to the block.

@@ -18,13 +18,14 @@ use userfault_uffd::{Message, MessageBuffer, Uffd};
 
 use crate::block::Fault;
 use crate::body::Body;
+use crate::clock::Watch;
 use crate::engine::Engine;
 use crate::fill::Filling;
 use crate::readahead::Window;
-use crate::signals::BlockedSignals;
+use crate::threads;
 
 /// Threads at most, beside those that a hung store holds.
-const MOST_THREADS: usize = 64;
+const MOST_THREADS: usize = 256;
 
 /// Messages read at once.
 const BATCH: usize = 16;
@@ -110,22 +111,58 @@ pub(crate) struct Lead {
     engine: &'static Engine,
     held: bool,
     unanswered: VecDeque<Touch>,
+    /// The fill for which this thread makes room, and its deadline.
+    pub(crate) on_behalf: Option<(Arc<Body>, u32, Instant)>,
+    /// The deadline passed during a write: the fill's block is not ours any more.
+    pub(crate) too_late: bool,
 }
 
 impl Lead {
+    /// Begins a write to make room: whoever waits for the room has a deadline.
+    pub(crate) fn watch_write(&self) -> Option<Watch> {
+        let (body, block, deadline) = self.on_behalf.as_ref()?;
+        Some(
+            self.engine
+                .clock
+                .watch(self.engine, body, *block, *deadline),
+        )
+    }
+
+    /// Ends what [`Lead::watch_write`] began.
+    pub(crate) fn write_ended(&mut self, watch: Option<Watch>) {
+        if let (Some(watch), Some((body, ..))) = (watch, &self.on_behalf)
+            && !watch.end(body)
+        {
+            self.too_late = true;
+            self.on_behalf = None;
+        }
+    }
+
     /// A thread that has no lead to give up.
     pub(crate) fn none(engine: &'static Engine) -> Lead {
-        Workers::without_lead(engine)
+        Lead {
+            workers: &engine.workers,
+            engine,
+            held: false,
+            unanswered: VecDeque::new(),
+            on_behalf: None,
+            too_late: false,
+        }
     }
 
     /// To be called before anything that may wait.
     pub(crate) fn give_up(&mut self) {
+        let workers = self.workers;
+        let mut state = workers.state.lock();
         if !self.held {
+            // One thread was called when the lead was given up, for all that waited then. If this is that
+            // thread, it must not keep the rest waiting, nor the lead vacant.
+            if !state.leader || !state.queue.is_empty() {
+                workers.call(self.engine, state);
+            }
             return;
         }
         self.held = false;
-        let workers = self.workers;
-        let mut state = workers.state.lock();
         state.leader = false;
         state
             .queue
@@ -139,15 +176,6 @@ impl Workers {
         Workers {
             source,
             ..Workers::default()
-        }
-    }
-
-    fn without_lead(engine: &'static Engine) -> Lead {
-        Lead {
-            workers: &engine.workers,
-            engine,
-            held: false,
-            unanswered: VecDeque::new(),
         }
     }
 
@@ -186,13 +214,7 @@ impl Workers {
     }
 
     fn spawn(&'static self, engine: &'static Engine) -> bool {
-        let blocked = BlockedSignals::all();
-        let spawned = std::thread::Builder::new()
-            .name("userfault".into())
-            .stack_size(256 << 10)
-            .spawn(move || self.run(engine));
-        drop(blocked);
-        spawned.is_ok()
+        threads::start("userfault", 256 << 10, move || self.run(engine))
     }
 
     fn run(&'static self, engine: &'static Engine) {

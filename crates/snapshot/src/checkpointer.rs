@@ -454,7 +454,7 @@ impl Checkpointer {
         for (data, source) in shared.sources.iter().enumerate() {
             match &source.way {
                 Way::Guarded(_) => {}
-                Way::Copied => parts.push((data, vec![0..source.blocks()])),
+                Way::Copied => parts.push((data, std::iter::once(0..source.blocks()).collect())),
                 Way::Silent(ledger) => {
                     ledger.harvest(ledger.start(), ledger.len())?;
                     let pages = ledger.take(0..ledger.len() / shared.page);

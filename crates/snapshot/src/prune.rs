@@ -61,7 +61,11 @@ pub fn prune(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<()
         let punched = with_lock(shared, number, |file, pages| {
             let pages = pages.min(live.pages());
             let mut at = 0;
-            for run in live.runs(0..pages).into_iter().chain([pages..pages]) {
+            for run in live
+                .runs(0..pages)
+                .into_iter()
+                .chain(std::iter::once(pages..pages))
+            {
                 if at < run.start {
                     let (offset, len) = ((at * PAGE) as u64, ((run.start - at) * PAGE) as u64);
                     shared.folder.punch(file, number, offset, len)?;

@@ -202,6 +202,9 @@ struct Batches {
     cut: bool,
 }
 
+/// One cut of a guarded group: the group, the number of the cut, its blocks.
+type Guarded = (usize, u64, Vec<Range<usize>>);
+
 /// A save on its way.
 pub struct Job {
     pub point: Arc<Point>,
@@ -215,7 +218,7 @@ pub struct Job {
     /// Blocks of arrays that the cut took; they are put back if the save fails.
     pub taken: Mutex<Vec<(usize, Range<usize>)>>,
     /// Its cuts of guarded groups: group, number of the cut, blocks.
-    pub guarded: Mutex<Vec<(usize, u64, Vec<Range<usize>>)>>,
+    pub guarded: Mutex<Vec<Guarded>>,
     /// Failures that had been when its cut began. One more since then, and blocks are missing from it.
     pub failures: AtomicU64,
     /// What was taken has been put back.

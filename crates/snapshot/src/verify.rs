@@ -258,7 +258,7 @@ impl Search {
             for run in pages
                 .runs(0..pages.pages())
                 .into_iter()
-                .chain([pages.pages()..pages.pages()])
+                .chain(std::iter::once(pages.pages()..pages.pages()))
             {
                 if let Some(offset) = first_data(&file, &path, at * PAGE, run.start * PAGE)? {
                     let error = Error::corrupt(

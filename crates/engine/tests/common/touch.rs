@@ -118,3 +118,14 @@ pub fn mlock(region: &Region, at: usize, len: usize) -> i32 {
         std::io::Error::last_os_error().raw_os_error().unwrap()
     }
 }
+
+/// write(2) of a part of a region to a descriptor: bytes, or -errno.
+pub fn write_to(region: &Region, at: usize, len: usize, fd: RawFd) -> isize {
+    // SAFETY: in bounds.
+    let count = unsafe { libc::write(fd, place(region, at, len).cast(), len) };
+    if count < 0 {
+        -(std::io::Error::last_os_error().raw_os_error().unwrap() as isize)
+    } else {
+        count
+    }
+}

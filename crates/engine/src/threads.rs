@@ -1,0 +1,26 @@
+//! The engine's own threads: no signals reach them, and a panic in one ends the process.
+//!
+//! A thread that answers faults owns blocks. Were it to unwind, whoever sleeps on them would sleep for ever,
+//! with no word why. Fail-stop: the panic's message is printed, then the process aborts.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::signals::BlockedSignals;
+
+/// Starts a thread that lives until the process ends. False if the system has none left.
+pub(crate) fn start(name: &str, stack: usize, run: impl FnOnce() + Send + 'static) -> bool {
+    let _blocked = BlockedSignals::all();
+    std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(stack)
+        .spawn(|| {
+            // The hook has printed the panic's message and place.
+            if catch_unwind(AssertUnwindSafe(run)).is_err() {
+                crate::say::line(
+                    "userfault: a thread of the engine panicked; memory can no longer be served",
+                );
+                std::process::abort();
+            }
+        })
+        .is_ok()
+}

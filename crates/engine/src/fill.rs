@@ -82,12 +82,11 @@ impl Filling {
 
 impl Engine {
     /// Does a task of the queue, on a thread that does not lead.
-    pub(crate) fn perform(&'static self, task: Task) {
-        let mut lead = Lead::none(self);
+    pub(crate) fn perform(&'static self, task: Task, lead: &mut Lead) {
         match task {
-            Task::Touch(touch) => self.answer(&touch, &mut lead),
-            Task::Fill(filling) => self.fill(filling, &mut lead),
-            Task::Ahead(body, window) => self.bring_in_ahead(&body, window, &mut lead),
+            Task::Touch(touch) => self.answer(&touch, lead),
+            Task::Fill(filling) => self.fill(filling, lead),
+            Task::Ahead(body, window) => self.bring_in_ahead(&body, window, lead),
         }
     }
 

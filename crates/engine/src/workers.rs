@@ -140,14 +140,7 @@ impl Lead {
 
     /// A thread that has no lead to give up.
     pub(crate) fn none(engine: &'static Engine) -> Lead {
-        Lead {
-            workers: &engine.workers,
-            engine,
-            held: false,
-            unanswered: VecDeque::new(),
-            on_behalf: None,
-            too_late: false,
-        }
+        Workers::without_lead(engine)
     }
 
     /// To be called before anything that may wait.
@@ -176,6 +169,17 @@ impl Workers {
         Workers {
             source,
             ..Workers::default()
+        }
+    }
+
+    fn without_lead(engine: &'static Engine) -> Lead {
+        Lead {
+            workers: &engine.workers,
+            engine,
+            held: false,
+            unanswered: VecDeque::new(),
+            on_behalf: None,
+            too_late: false,
         }
     }
 
@@ -229,7 +233,11 @@ impl Workers {
                 loop {
                     if let Some(task) = state.queue.pop_front() {
                         drop(state);
-                        engine.perform(task);
+                        let mut none = Lead {
+                            workers: self,
+                            ..Lead::none(engine)
+                        };
+                        engine.perform(task, &mut none);
                         state = self.state.lock();
                     } else if !state.leader {
                         state.leader = true;

@@ -25,7 +25,7 @@ LAYERS = ["userfault-uffd", "userfault-store", "userfault-engine", "userfault-sn
 
 LONGEST = 800
 LONGER_WITH_REASON: dict[str, str] = {
-    "crates/snapshot/src/saver.rs": "the drain, the cut and the save are one thread's protocol; next to be split",
+    "crates/snapshot/src/saver.rs": "the drain, the cut and the save are one protocol; the next to be split",
 }
 """Files that may pass LONGEST lines, each with its reason."""
 

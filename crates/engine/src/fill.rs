@@ -343,9 +343,11 @@ impl Engine {
             }
             Tried::Failed(error) => {
                 let pause = PAUSES.0 * 2u32.saturating_pow(filling.tries.min(16));
-                let pause = pause.min(PAUSES.1);
-                // A try that would begin after the deadline could only be told that it is late.
-                if body.retries() && filling.began.elapsed() + pause < body.retry_for {
+                let left = body.retry_for.saturating_sub(filling.began.elapsed());
+                // A try that would begin after the deadline could only be told that it is late: towards the
+                // end they come closer together instead.
+                let pause = pause.min(PAUSES.1).min(left / 2);
+                if body.retries() && pause >= PAUSES.0 {
                     filling.tries += 1;
                     self.clock.defer(filling, pause);
                 } else {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use userfault_uffd::Scan;
 use userfault_uffd::abi::{
-    PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, UFFD_FEATURE_WP_ASYNC,
+    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, UFFD_FEATURE_WP_ASYNC,
     UFFDIO_REGISTER_MODE_WP, page_region,
 };
 
@@ -128,6 +128,15 @@ impl Ledger {
             report: PAGE_IS_WRITTEN,
             ..Scan::default()
         };
+        // What the program itself threw away reads as zeros, and has no entry to say that it was written if
+        // its page table went too: neither there nor a marker.
+        let gone_pages = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+        let unmapped = Scan {
+            inverted: gone_pages,
+            all_of: gone_pages,
+            report: gone_pages,
+            ..scan
+        };
         // The same range may be in the ledgers of several consumers: no other harvest comes between the
         // kernel's answer and the last of their maps.
         let ledgers = engine.tracked.ledgers.lock();
@@ -136,12 +145,18 @@ impl Ledger {
             .filter_map(std::sync::Weak::upgrade)
             .filter(|pages| pages.start < start + len && start < pages.start + pages.len)
             .collect();
+        let note = |region: &page_region| {
+            for pages in &others {
+                pages.note(region.start as usize, region.end as usize);
+            }
+        };
         let scanned = engine
             .pagemap
-            .scan_each(start..start + len, &scan, &mut regions, |region| {
-                for pages in &others {
-                    pages.note(region.start as usize, region.end as usize);
-                }
+            .scan_each(start..start + len, &scan, &mut regions, note)
+            .and_then(|()| {
+                engine
+                    .pagemap
+                    .scan_each(start..start + len, &unmapped, &mut regions, note)
             });
         if scanned.is_err() {
             // What the kernel protected before it failed may be lost: everything counts as written.

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use userfault_uffd::Scan;
 use userfault_uffd::abi::{
-    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING, UFFD_FEATURE_WP_ASYNC,
-    UFFDIO_REGISTER_MODE_WP, page_region,
+    PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
+    UFFD_FEATURE_WP_ASYNC, UFFDIO_REGISTER_MODE_WP, page_region,
 };
 
 use super::mapping;

@@ -30,12 +30,14 @@ if TYPE_CHECKING:
         ZeroStore,
     )
     from userfault.arrays import Arena, empty, full, zeros
+    from userfault.checkpointer import Checkpointer, Point
     from userfault.errors import CorruptError, Error, InUseError, PoisonedError, StoreError
     from userfault.limits import set_memory_limit, stats
     from userfault.mapped_array import memmap
     from userfault.npy import load, open_memmap
     from userfault.opening import open
     from userfault.region import BlockError, Region
+    from userfault.restoring import State, restore
     from userfault.userfaultfd import Userfaultfd
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Arena": "userfault.arrays",
     "BlockError": "userfault.region",
+    "Checkpointer": "userfault.checkpointer",
     "CorruptError": "userfault.errors",
     "Error": "userfault.errors",
     "FileStore": "userfault._native",
@@ -50,9 +53,11 @@ _HOMES = {
     "MemoryStore": "userfault._native",
     "OverlayStore": "userfault._native",
     "Pin": "userfault._native",
+    "Point": "userfault.checkpointer",
     "PoisonedError": "userfault.errors",
     "PrefetchTicket": "userfault._native",
     "Region": "userfault.region",
+    "State": "userfault.restoring",
     "Stats": "userfault._native",
     "Store": "userfault._native",
     "StoreError": "userfault.errors",
@@ -64,6 +69,7 @@ _HOMES = {
     "memmap": "userfault.mapped_array",
     "open": "userfault.opening",
     "open_memmap": "userfault.npy",
+    "restore": "userfault.restoring",
     "set_memory_limit": "userfault.limits",
     "stats": "userfault.limits",
     "zeros": "userfault.arrays",
@@ -72,6 +78,7 @@ _HOMES = {
 __all__ = [
     "Arena",
     "BlockError",
+    "Checkpointer",
     "CorruptError",
     "Error",
     "FileStore",
@@ -79,9 +86,11 @@ __all__ = [
     "MemoryStore",
     "OverlayStore",
     "Pin",
+    "Point",
     "PoisonedError",
     "PrefetchTicket",
     "Region",
+    "State",
     "Stats",
     "Store",
     "StoreError",
@@ -93,6 +102,7 @@ __all__ = [
     "memmap",
     "open",
     "open_memmap",
+    "restore",
     "set_memory_limit",
     "stats",
     "zeros",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from userfault.commands import model
+from userfault.commands import model, snapshot
 
 app = typer.Typer(
     help="User-space paging for Python, on Linux userfaultfd.",
@@ -16,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(model.app, name="model")
+app.add_typer(snapshot.app, name="snapshot")
 
 
 @app.callback()

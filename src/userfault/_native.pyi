@@ -1,30 +1,38 @@
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Literal, Self, SupportsIndex, TypeAlias, final
+from typing import Any, Literal, Self, SupportsIndex, TypeAlias, final
 
 from _typeshed import ReadableBuffer
+from numpy.typing import NDArray
 from typing_extensions import disjoint_base
 
 __all__ = [
+    "ArrayStore",
+    "Checkpointer",
     "FaultyStore",
     "FileStore",
     "MemoryStore",
+    "OpenPoint",
     "OverlayStore",
     "Pin",
     "PrefetchTicket",
     "Region",
+    "SavedPoint",
     "Stats",
     "Store",
+    "TrackedMemory",
     "Userfaultfd",
     "ZeroStore",
     "__version__",
     "abi_table",
+    "list_points",
     "offered_features",
     "pagemap_scan",
     "set_memory_limit",
     "stats",
+    "verify_points",
 ]
 
 __version__: str
@@ -267,3 +275,81 @@ def pagemap_scan(
 ) -> tuple[list[tuple[int, int, int]], int]: ...
 def offered_features() -> int: ...
 def abi_table() -> list[tuple[str, int]]: ...
+
+@final
+class TrackedMemory:
+    def __new__(cls, nbytes: int, pages: str) -> Self: ...
+    @property
+    def pages(self) -> str: ...
+    def __len__(self) -> int: ...
+    if sys.version_info >= (3, 12):
+        def __buffer__(self, flags: int, /) -> memoryview: ...
+        def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+@disjoint_base
+class Checkpointer:
+    def __new__(
+        cls,
+        directory: str | os.PathLike[str],
+        arrays: Sequence[tuple[str, str, int, int, bool]],
+        *,
+        max_to_keep: int | None,
+        compress: str | None,
+        durable: bool,
+        max_rate: float | None,
+        staging: int,
+        drain: bool,
+        timeout: float,
+    ) -> Self: ...
+    def _save(self, step: int | None, meta: str) -> SavedPoint: ...
+    def _points(self) -> list[tuple[int, float]]: ...
+    def _wait(self, timeout: float | None) -> bool: ...
+    def _prune(self, keep: int) -> None: ...
+    def _close(self, timeout: float) -> bool: ...
+
+@final
+class SavedPoint:
+    @property
+    def step(self) -> int: ...
+    @property
+    def stall(self) -> float: ...
+    @property
+    def method(self) -> list[tuple[str, str]]: ...
+    @property
+    def extra_bytes(self) -> int: ...
+    def progress(self) -> tuple[int, int]: ...
+    def done(self) -> bool: ...
+    def wait(self, timeout: float | None) -> tuple[bool, BaseException | None]: ...
+
+@final
+class OpenPoint:
+    def __new__(cls, directory: str | os.PathLike[str], step: int | None) -> Self: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def meta(self) -> str: ...
+    def arrays(self) -> list[tuple[str, str, int]]: ...
+    def store(self, data: int) -> ArrayStore: ...
+
+@final
+class ArrayStore(Store):
+    @property
+    def lead(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def block(self) -> int: ...
+    def read_into(self, buffer: bytearray | memoryview | NDArray[Any], offset: int, threads: int) -> None: ...
+    def hashes(self) -> list[int]: ...
+
+def list_points(directory: str | os.PathLike[str]) -> list[tuple[int, float, int]]: ...
+def verify_points(
+    directory: str | os.PathLike[str], step: int | None, progress: Callable[[int], object] | None
+) -> tuple[
+    int,
+    int,
+    list[tuple[int | None, str | None, int | None, str, str]],
+    list[tuple[int | None, str | None, int | None, str, str]],
+]: ...

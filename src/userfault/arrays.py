@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from userfault import _native
 from userfault.opening import Options, private_region
 from userfault.region import Region, as_shape, mappable
 from userfault.sizes import Size, in_words, parse_size
@@ -34,6 +35,7 @@ def zeros(
     scratch: Folder | None = None,
     pages: Literal["auto", "4KiB", "2MiB"] = "auto",
     memory_limit: Size | None = None,
+    track: bool = False,
 ) -> NDArray[Any]:
     """An array of zeros that may be larger than memory; as numpy.zeros.
 
@@ -44,6 +46,13 @@ def zeros(
 
     A forked child cannot use the array: its memory is SIGSEGV there.
 
+    With `track=True` the array stays in memory, and a `userfault.Checkpointer` knows what was written to
+    it. It counts against the memory limit from the beginning, and MemoryError says that it does not fit;
+    `scratch` and `memory_limit` make no sense then. On small pages the kernel notes writes. On huge ones
+    ("2MiB", and "auto" from 64 MiB on where the machine has them) a cut takes a fraction of a millisecond
+    a GiB, and the first write to each 2 MiB afterwards waits until they are saved. A forked child has a
+    copy of its own, as of any array; only hugetlb pages it does not get.
+
     Raises ValueError for a type that holds Python objects or a negative shape, OSError if the folder takes no
     file or this machine does not allow userfaultfd.
     """
@@ -52,6 +61,9 @@ def zeros(
     nbytes = math.prod(sizes) * kind.itemsize
     if nbytes == 0:
         return np.zeros(sizes, kind, order)
+    if track:
+        memory = _tracked(nbytes, scratch, pages, memory_limit)
+        return np.ndarray(sizes, kind, cast("memoryview", memory), order=order)
     region = _region(nbytes, scratch, pages, memory_limit, name=f"array of {in_words(nbytes)}")
     return region.ndarray(kind, sizes, order)
 
@@ -64,12 +76,13 @@ def empty(
     scratch: Folder | None = None,
     pages: Literal["auto", "4KiB", "2MiB"] = "auto",
     memory_limit: Size | None = None,
+    track: bool = False,
 ) -> NDArray[Any]:
     """As `zeros`, of the same shape, for code that writes every element before it reads it.
 
     Elements that nobody has written are zeros.
     """
-    return zeros(shape, dtype, order, scratch=scratch, pages=pages, memory_limit=memory_limit)
+    return zeros(shape, dtype, order, scratch=scratch, pages=pages, memory_limit=memory_limit, track=track)
 
 
 def full(
@@ -81,6 +94,7 @@ def full(
     scratch: Folder | None = None,
     pages: Literal["auto", "4KiB", "2MiB"] = "auto",
     memory_limit: Size | None = None,
+    track: bool = False,
 ) -> NDArray[Any]:
     """As `zeros`, with every element set to `fill_value`, whose type it takes if `dtype` is None.
 
@@ -88,7 +102,7 @@ def full(
     Raises what `zeros` raises, and ValueError if the value has no such type.
     """
     kind = np.asarray(fill_value).dtype if dtype is None else np.dtype(dtype)
-    array = zeros(shape, kind, order, scratch=scratch, pages=pages, memory_limit=memory_limit)
+    array = zeros(shape, kind, order, scratch=scratch, pages=pages, memory_limit=memory_limit, track=track)
     if np.ndim(fill_value):
         array[...] = fill_value
         return array
@@ -98,11 +112,26 @@ def full(
     return array
 
 
+def _tracked(
+    nbytes: int, scratch: Folder | None, pages: str, memory_limit: Size | None
+) -> _native.TrackedMemory:
+    if scratch is not None or memory_limit is not None:
+        raise ValueError(
+            "track=True keeps the array in memory: neither scratch nor memory_limit can be given with it"
+        )
+    _checked_pages(pages)
+    return _native.TrackedMemory(nbytes, pages)
+
+
+def _checked_pages(pages: str) -> None:
+    if pages not in ("auto", "4KiB", "2MiB"):
+        raise ValueError(f"pages is {pages!r}: it must be one of auto, 4KiB, 2MiB")
+
+
 def _region(
     nbytes: int, scratch: Folder | None, pages: str, memory_limit: Size | None, *, name: str
 ) -> Region:
-    if pages not in ("auto", "4KiB", "2MiB"):
-        raise ValueError(f"pages is {pages!r}: it must be one of auto, 4KiB, 2MiB")
+    _checked_pages(pages)
     options = Options(
         pages=pages, memory_limit=None if memory_limit is None else parse_size(memory_limit, "memory_limit")
     )
@@ -115,7 +144,8 @@ class Arena:
     `nbytes` (bytes or text such as "8GiB") is the room for all its arrays together; none of it is
     memory before it is touched. Arrays are laid one behind the other; what is dropped is not used again.
     The arena's memory lives until the arena and the last of its arrays are gone. `scratch` and `pages` are
-    those of `userfault.zeros`, `name` is what messages call it.
+    those of `userfault.zeros`, `name` is what messages call it. With `track=True` all of it stays in
+    memory and is tracked for checkpoints, as `userfault.zeros` says.
 
     Raises ValueError for what is no size, and what `userfault.zeros` raises.
     """
@@ -127,17 +157,23 @@ class Arena:
         scratch: Folder | None = None,
         pages: Literal["auto", "4KiB", "2MiB"] = "auto",
         name: str | None = None,
+        track: bool = False,
     ) -> None:
         size = parse_size(nbytes, "nbytes")
         if size == 0:
             raise ValueError("nbytes is 0: an arena without room holds no array")
-        self._region = _region(size, scratch, pages, None, name=name or f"arena of {in_words(size)}")
+        self._name = name or f"arena of {in_words(size)}"
+        self._memory: Region | _native.TrackedMemory
+        if track:
+            self._memory = _tracked(size, scratch, pages, None)
+        else:
+            self._memory = _region(size, scratch, pages, None, name=self._name)
         self._used = 0
 
     @property
     def nbytes(self) -> int:
         """The room for all arrays together, in bytes."""
-        return len(self._region)
+        return len(self._memory)
 
     @property
     def used(self) -> int:
@@ -156,7 +192,7 @@ class Arena:
         if nbytes == 0:
             return np.zeros(sizes, kind, order)
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
-        room = len(self._region)
+        room = len(self._memory)
         if start + nbytes > room:
             left = max(0, room - start)
             raise MemoryError(
@@ -164,11 +200,11 @@ class Arena:
                 "make a larger arena"
             )
         self._used = start + nbytes
-        return self._region.ndarray(kind, sizes, order, start)
+        return np.ndarray(sizes, kind, cast("memoryview", self._memory), start, order=order)
 
     def empty(self, shape: Shape, dtype: DTypeLike = float, order: Literal["C", "F"] = "C") -> NDArray[Any]:
         """As `zeros`: elements that nobody has written are zeros."""
         return self.zeros(shape, dtype, order)
 
     def __repr__(self) -> str:
-        return f"<userfault.Arena {self._region.name!r}, {self._used} of {len(self._region)} bytes used>"
+        return f"<userfault.Arena {self._name!r}, {self._used} of {len(self._memory)} bytes used>"

@@ -142,6 +142,27 @@ pub fn engine_error(py: Python<'_>, error: &Error) -> PyErr {
     }
 }
 
+/// An error of a save or of a point as the exception that a Python programmer expects.
+pub fn snapshot_error(py: Python<'_>, error: &userfault_snapshot::Error) -> PyErr {
+    use userfault_snapshot::Error as Snapshot;
+    static CORRUPT: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let text = error.to_string();
+    match error {
+        Snapshot::Invalid(_) | Snapshot::Closed => PyValueError::new_err(text),
+        Snapshot::Io { path, error, .. } => {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            os_error(errno, &text, Some(path))
+        }
+        Snapshot::Corrupt { .. } => {
+            raise(py, &CORRUPT, "CorruptError", |class| class.call1((text,)))
+        }
+        Snapshot::Memory(_) | Snapshot::Forked => PyRuntimeError::new_err(text),
+        Snapshot::InUse(path) => in_use(py, &text, path.as_os_str()),
+        Snapshot::TimedOut(_) => pyo3::exceptions::PyTimeoutError::new_err(text),
+        Snapshot::NoPoint(_) => os_error(libc::ENOENT, &text, None),
+    }
+}
+
 /// What every file-like object of Python says once it is closed.
 pub fn closed() -> PyErr {
     PyValueError::new_err("I/O operation on closed region")

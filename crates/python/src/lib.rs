@@ -5,16 +5,19 @@
 
 use pyo3::prelude::*;
 
+mod checkpointer;
 mod errors;
 mod faulty_store;
 mod file_store;
 mod memory_store;
+mod open_point;
 mod overlay_store;
 mod pin;
 mod prefetch_ticket;
 mod region;
 mod stats;
 mod store;
+mod tracked_memory;
 mod userfaultfd;
 mod zero_store;
 
@@ -38,5 +41,12 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<stats::Stats>()?;
     m.add_function(wrap_pyfunction!(region::set_memory_limit, m)?)?;
     m.add_function(wrap_pyfunction!(stats::stats, m)?)?;
+    m.add_class::<tracked_memory::TrackedMemory>()?;
+    m.add_class::<checkpointer::Checkpointer>()?;
+    m.add_class::<checkpointer::SavedPoint>()?;
+    m.add_class::<open_point::OpenPoint>()?;
+    m.add_class::<open_point::ArrayStore>()?;
+    m.add_function(wrap_pyfunction!(open_point::list_points, m)?)?;
+    m.add_function(wrap_pyfunction!(open_point::verify_points, m)?)?;
     Ok(())
 }

@@ -30,7 +30,7 @@ class Damage:
         where = [f"step {self.step}"] if self.step is not None else []
         where += [f"array {self.array!r}"] if self.array is not None else []
         where += [f"block at byte {self.offset}"] if self.offset is not None else []
-        return f"{', '.join([*where, self.path])}: {self.detail}"
+        return f"{', '.join([*where, str(self.path)])}: {self.detail}"
 
 
 @dataclass(frozen=True)

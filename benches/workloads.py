@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from benches import snapshots
 from benches.memory import MIB, Memory, Unavailable, memory
 from benches.native import library
 
@@ -224,6 +225,7 @@ WORKLOADS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "zipf": zipf,
     "zipf-misses": zipf_misses,
     "sum": total,
+    **snapshots.WORKLOADS,
 }
 
 

@@ -21,7 +21,7 @@ use crate::index::{DataIndex, same_layout};
 use crate::manifest::{Manifest, PointSummary};
 use crate::point::Point;
 use crate::reader::OpenPoint;
-use crate::saver::{Batch, Buffer, Command, Copier, Job, JobAside, Saver};
+use crate::saver::{Buffer, Command, Job, JobAside, Parts, Saver, copy_parts};
 use crate::source::{Source, Way};
 use crate::staging::Staging;
 
@@ -33,6 +33,9 @@ const COMPRESSED_BLOCK: usize = 64 << 10;
 
 /// Foreign arrays below this are copied: tracking them would cost a mapping each. Bytes.
 pub const COPIED_BELOW: usize = 1 << 20;
+
+/// From so many bytes on a second thread helps to copy. Bytes.
+const BY_TWO: usize = 1 << 20;
 
 /// One array to be saved.
 #[derive(Debug, Clone)]
@@ -134,6 +137,10 @@ pub struct Shared {
     pub cutting: Mutex<()>,
     /// A cut waits.
     wanted: AtomicBool,
+    /// A cut copies, and needs no room from the saver.
+    copying: AtomicBool,
+    /// Cuts so far.
+    pub cuts: AtomicU64,
     /// Saves and drains that failed: what they had taken was put back.
     pub failures: AtomicU64,
     pub prune_later: Mutex<BTreeSet<u32>>,
@@ -146,6 +153,15 @@ impl Shared {
     /// True if the drain should step aside.
     pub fn wanted(&self) -> bool {
         self.wanted.load(Ordering::Relaxed)
+    }
+
+    /// Lets a cut go first: while it lasts, another thread that works on memory would be in its way.
+    pub fn make_way(&self) {
+        let mut patience = 200;
+        while self.copying.load(Ordering::Acquire) && patience > 0 {
+            std::thread::sleep(Duration::from_micros(200));
+            patience -= 1;
+        }
     }
 
     /// Something was done.
@@ -340,6 +356,8 @@ impl Checkpointer {
             changed: Condvar::new(),
             cutting: Mutex::new(()),
             wanted: AtomicBool::new(false),
+            copying: AtomicBool::new(false),
+            cuts: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             prune_later: Mutex::default(),
             began: Instant::now(),
@@ -411,15 +429,26 @@ impl Checkpointer {
                 shared.progress();
             }
             state.active.push(job.clone());
-            state.queue.push_back(Command::Save(job.clone()));
             job
         };
-        shared.changed.notify_all();
+        let handed_over = AtomicBool::new(false);
+        let hand_over = || {
+            if !handed_over.swap(true, Ordering::Relaxed) {
+                let mut state = shared.state.lock();
+                state.queue.push_back(Command::Save(job.clone()));
+                drop(state);
+                shared.changed.notify_all();
+            }
+        };
         let result = {
             let _cutting = shared.cutting.lock();
             let failures = shared.failures.load(Ordering::Relaxed);
             job.failures.store(failures, Ordering::Relaxed);
-            self.copy_aside(&job)
+            job.cut.store(shared.cuts.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+            shared.copying.store(true, Ordering::Release);
+            let copied = self.copy_aside(&job, &hand_over);
+            shared.copying.store(false, Ordering::Release);
+            copied
         };
         if let Err(error) = result {
             job.cancel(error);
@@ -429,12 +458,15 @@ impl Checkpointer {
             shared.state.lock().last_step = Some(job.point.step());
         }
         job.end_of_cut();
+        hand_over();
         job.point.stalled(began.elapsed());
         Ok(job.point.clone())
     }
 
     /// The cut: protects what is guarded, asks what else was written, and copies that.
-    fn copy_aside(&self, job: &Arc<Job>) -> Result<(), Error> {
+    /// `hand_over` sets the saver to work: at once if staging would not hold it all, or if it can help to copy;
+    /// else at the end, for two threads that work on memory slow each other down.
+    fn copy_aside(&self, job: &Arc<Job>, hand_over: &(dyn Fn() + Sync)) -> Result<(), Error> {
         let shared = &self.shared;
         let mut total = 0;
         for (number, group) in shared.groups.iter().enumerate() {
@@ -450,14 +482,13 @@ impl Checkpointer {
             total += pending.iter().map(ExactSizeIterator::len).sum::<usize>() * guard.block();
             job.guarded.lock().push((number, cut, pending));
         }
-        let mut parts: Vec<(usize, Vec<Range<usize>>)> = Vec::new();
+        let mut parts = Parts::new();
         for (data, source) in shared.sources.iter().enumerate() {
             match &source.way {
                 Way::Guarded(_) => {}
                 Way::Copied => parts.push((data, std::iter::once(0..source.blocks()).collect())),
                 Way::Silent(ledger) => {
-                    ledger.harvest(ledger.start(), ledger.len())?;
-                    let pages = ledger.take(0..ledger.len() / shared.page);
+                    let pages = ledger.take_written()?;
                     let mut blocks: Vec<Range<usize>> = Vec::with_capacity(pages.len());
                     let mut edges = source.edges();
                     let dirty = pages
@@ -475,37 +506,44 @@ impl Checkpointer {
                 }
             }
         }
-        for (data, runs) in &parts {
-            for run in runs {
-                total += shared.sources[*data].len_of(run.clone());
-            }
-        }
+        let copied: usize = parts
+            .iter()
+            .flat_map(|(data, runs)| runs.iter().map(|run| shared.sources[*data].len_of(run.clone())))
+            .sum();
+        total += copied;
         job.point.total_bytes.store(total as u64, Ordering::Relaxed);
         // What was taken is known before anything can fail.
         *job.taken.lock() = parts
             .iter()
             .flat_map(|(data, runs)| runs.iter().map(|run| (*data, run.clone())))
             .collect();
-        let mut next = || {
-            shared
-                .staging
-                .take(&|| job.is_cancelled())
-                .map(Buffer::Chunk)
-        };
-        let mut full = |batch: Batch| job.push(batch);
-        let mut copier = Copier::new(&shared.sources, &mut next, &mut full);
-        for (data, runs) in parts {
-            if shared.sources[data].own.is_some() && !runs.is_empty() {
-                shared.sources[data].still_there()?;
-            }
-            for run in runs {
-                if !copier.copy(data, run)? {
-                    // The watcher gave it up, and has said why.
-                    return Ok(());
-                }
+        for (data, runs) in &parts {
+            if shared.sources[*data].own.is_some() && !runs.is_empty() {
+                shared.sources[*data].still_there()?;
             }
         }
-        copier.send()
+        let mut next = || {
+            let chunk = shared.staging.take(&|| job.is_cancelled());
+            chunk.map(Buffer::Chunk)
+        };
+        if copied > shared.options.staging / 2 {
+            // It will need the saver's help to get room.
+            shared.copying.store(false, Ordering::Release);
+            hand_over();
+            return copy_parts(shared, job, parts, &mut next);
+        }
+        if copied < BY_TWO {
+            return copy_parts(shared, job, parts, &mut next);
+        }
+        let (first, second) = halves(parts, copied / 2, |data, run| {
+            shared.sources[data].len_of(run)
+        });
+        job.ask_for_help(second);
+        hand_over();
+        let copied = copy_parts(shared, job, first, &mut next);
+        let left = job.end_help()?;
+        copied?;
+        copy_parts(shared, job, left, &mut next)
     }
 
     /// The points that are finished, oldest first.
@@ -615,6 +653,33 @@ impl Shared {
             })
             .collect()
     }
+}
+
+/// Parts cut in two after about `first` bytes.
+fn halves(parts: Parts, first: usize, len: impl Fn(usize, Range<usize>) -> usize) -> (Parts, Parts) {
+    let (mut one, mut two, mut sum) = (Parts::new(), Parts::new(), 0);
+    for (data, runs) in parts {
+        let (mut here, mut there) = (Vec::new(), Vec::new());
+        for run in runs {
+            let bytes = len(data, run.clone());
+            if sum + bytes <= first {
+                here.push(run);
+            } else if sum < first && run.len() > 1 {
+                let blocks = (run.len() * (first - sum) / bytes).clamp(1, run.len() - 1);
+                here.push(run.start..run.start + blocks);
+                there.push(run.start + blocks..run.end);
+            } else {
+                there.push(run);
+            }
+            sum += bytes;
+        }
+        for (half, runs) in [(&mut one, here), (&mut two, there)] {
+            if !runs.is_empty() {
+                half.push((data, runs));
+            }
+        }
+    }
+    (one, two)
 }
 
 /// How an array is followed.

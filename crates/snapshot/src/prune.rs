@@ -121,9 +121,14 @@ fn live_pages(
         live.insert(number, pages);
     }
     let mut seen = HashSet::new();
+    let mut calls = 0u64;
     for summary in &manifest.points {
         let point = OpenPoint::of(shared.folder.path(), manifest.identity, summary.clone())?;
         walk(&point, &mut seen, &mut |number, page, len| {
+            calls += 1;
+            if calls % 1024 == 0 {
+                shared.make_way();
+            }
             if let Some(pages) = live.get_mut(&number) {
                 let end = (page as usize + len.div_ceil(PAGE)).min(pages.pages());
                 pages.insert((page as usize).min(end)..end);

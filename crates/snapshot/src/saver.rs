@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::{Condvar, Mutex};
-use userfault_engine::tracked::{Aside, Saved};
+use userfault_engine::tracked::{Aside, Ledger, Saved};
 
 use crate::checkpointer::Shared;
 use crate::codec::Compress;
@@ -41,7 +41,7 @@ const DRAIN_UP_TO: f64 = 0.2;
 const DRAIN_STEP: usize = 512 << 10;
 
 /// Bytes that one question to the kernel is about, for the same reason.
-const HARVEST_STEP: usize = 256 << 20;
+const HARVEST_STEP: usize = 32 << 20;
 
 /// A point that needs more segments than this has the emptiest of them copied into its own.
 const MOST_SEGMENTS: usize = 64;
@@ -195,6 +195,39 @@ impl<'a> Copier<'a> {
     }
 }
 
+/// Arrays by number, and blocks of each.
+pub type Parts = Vec<(usize, Vec<Range<usize>>)>;
+
+/// A part of a cut that a second thread may copy.
+#[derive(Default)]
+enum Help {
+    #[default]
+    None,
+    Wanted(Parts),
+    Given,
+    Done(Result<(), Error>),
+}
+
+/// Copies blocks and gives them to the saver. Ends early if there is no buffer any more.
+pub fn copy_parts(
+    shared: &Shared,
+    job: &Job,
+    parts: Parts,
+    next: &mut dyn FnMut() -> Option<Buffer>,
+) -> Result<(), Error> {
+    let mut full = |batch: Batch| job.push(batch);
+    let mut copier = Copier::new(&shared.sources, next, &mut full);
+    for (data, runs) in parts {
+        for run in runs {
+            if !copier.copy(data, run)? {
+                // The watcher gave it up, and has said why.
+                return Ok(());
+            }
+        }
+    }
+    copier.send()
+}
+
 #[derive(Default)]
 struct Batches {
     queue: VecDeque<Batch>,
@@ -221,8 +254,12 @@ pub struct Job {
     pub guarded: Mutex<Vec<Guarded>>,
     /// Failures that had been when its cut began. One more since then, and blocks are missing from it.
     pub failures: AtomicU64,
+    /// Its number among the cuts.
+    pub cut: AtomicU64,
     /// What was taken has been put back.
     put_back: AtomicBool,
+    help: Mutex<Help>,
+    helped: Condvar,
 }
 
 impl Job {
@@ -240,13 +277,55 @@ impl Job {
             taken: Mutex::default(),
             guarded: Mutex::default(),
             failures: AtomicU64::new(0),
+            cut: AtomicU64::new(0),
             put_back: AtomicBool::new(false),
+            help: Mutex::default(),
+            helped: Condvar::new(),
         }
     }
 
     pub fn push(&self, batch: Batch) {
         self.batches.lock().queue.push_back(batch);
         self.bell.notify_all();
+    }
+
+    /// Asks the saver to copy a part of the cut, if it comes in time.
+    pub fn ask_for_help(&self, parts: Parts) {
+        *self.help.lock() = Help::Wanted(parts);
+    }
+
+    /// Takes the part back if nobody has begun with it; else waits until it is done, and says how it went.
+    pub fn end_help(&self) -> Result<Parts, Error> {
+        let mut help = self.help.lock();
+        loop {
+            match std::mem::take(&mut *help) {
+                Help::Wanted(parts) => return Ok(parts),
+                Help::Given => {
+                    *help = Help::Given;
+                    self.helped.wait(&mut help);
+                }
+                Help::Done(result) => return result.map(|()| Parts::new()),
+                Help::None => return Ok(Parts::new()),
+            }
+        }
+    }
+
+    /// Does the part that was asked for, on the saver's thread.
+    fn give_help(&self, shared: &Shared) {
+        let mut help = self.help.lock();
+        let Help::Wanted(parts) = std::mem::take(&mut *help) else {
+            return;
+        };
+        *help = Help::Given;
+        drop(help);
+        // The saver itself is who makes room in staging, so it does not wait for any.
+        let mut next = || {
+            let chunk = shared.staging.try_take();
+            Some(chunk.map_or_else(|| Buffer::Own(vec![0; CHUNK]), Buffer::Chunk))
+        };
+        let result = copy_parts(shared, self, parts, &mut next);
+        *self.help.lock() = Help::Done(result);
+        self.helped.notify_all();
     }
 
     /// The cut is over.
@@ -444,6 +523,7 @@ impl Saver {
 
     fn save(&mut self, job: &Arc<Job>) {
         self.drain.resting = false;
+        job.give_help(&self.shared);
         let result = self.store(job).and_then(|()| self.publish(job));
         self.shared.end_guarded(job);
         job.point.used(self.shared.staging.take_peak());
@@ -499,6 +579,7 @@ impl Saver {
             self.process(&batch, Some(job))?;
         }
         let shared = self.shared.clone();
+        self.settle(job)?;
         let cuts: Vec<(usize, u64)> = job
             .guarded
             .lock()
@@ -559,6 +640,83 @@ impl Saver {
         Ok(())
     }
 
+    /// Protects again what was written before the cut. Those pages count as written until then, so each is
+    /// compared with what was just saved of it: equal is clean, since a write from here on is noted.
+    fn settle(&mut self, job: &Job) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        for source in &shared.sources {
+            if let Way::Silent(ledger) = &source.way {
+                self.harvest(ledger)?;
+            }
+        }
+        let taken = job.taken.lock().clone();
+        let mut buffer = vec![0; CHUNK];
+        for (data, blocks) in taken {
+            let source = &shared.sources[data];
+            let Way::Silent(ledger) = &source.way else {
+                continue;
+            };
+            let step = (DRAIN_STEP / source.block).max(1);
+            let mut first = blocks.start;
+            while first < blocks.end && !job.is_cancelled() {
+                let part = first..blocks.end.min(first + step);
+                first = part.end;
+                let _cutting = shared.cutting.lock();
+                if shared.cuts.load(Ordering::Relaxed) != job.cut.load(Ordering::Relaxed) {
+                    // The index will be that of a later cut: equal to this one proves nothing then.
+                    return Ok(());
+                }
+                let runs = ledger.take(source.pages_of(ledger, part.clone(), shared.page));
+                if runs.is_empty() {
+                    continue;
+                }
+                let (address, len, lead) = source.memory_of(part.clone());
+                buffer[..lead].fill(0);
+                let into = &mut buffer[lead..lead + len];
+                let read = if source.own.is_some() {
+                    source.copy_own(address, into);
+                    Ok(())
+                } else {
+                    source.copy_foreign(&[(address, len)], into)
+                };
+                if let Err(error) = read {
+                    for run in runs {
+                        ledger.put_back(run);
+                    }
+                    return Err(error);
+                }
+                let mut at = 0;
+                for block in part {
+                    let len = source.len_of(block..block + 1);
+                    let content = &buffer[at..at + len];
+                    at += len;
+                    let same = match self.index[data].get(block) {
+                        Some(Entry::ZERO) => is_zero(content),
+                        Some(entry) => entry.hash == hash(content),
+                        None => false,
+                    };
+                    if !same {
+                        shared.put_back(data, block..block + 1);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks the kernel in steps, between which a cut may begin.
+    fn harvest(&self, ledger: &Ledger) -> Result<(), Error> {
+        let mut at = ledger.start();
+        let end = ledger.start() + ledger.len();
+        while at < end {
+            let step = HARVEST_STEP.min(end - at);
+            ledger.harvest(at, step)?;
+            at += step;
+            self.shared.make_way();
+        }
+        Ok(())
+    }
+
     fn segment(&mut self) -> Result<(), Error> {
         if self.segment.is_none() {
             let number = self.next_segment;
@@ -584,6 +742,7 @@ impl Saver {
         self.segment()?;
         let shared = self.shared.clone();
         shared.progress();
+        shared.make_way();
         let bytes = batch.buffer.bytes();
         let mut pending: Option<(u32, Range<usize>)> = None;
         let mut total = 0;
@@ -856,17 +1015,10 @@ impl Saver {
             let Way::Silent(ledger) = &source.way else {
                 continue;
             };
-            let before = ledger.count();
-            let mut at = ledger.start();
-            let end = ledger.start() + ledger.len();
-            while at < end && !shared.wanted() {
-                let step = HARVEST_STEP.min(end - at);
-                ledger.harvest(at, step)?;
-                at += step;
-            }
-            let count = ledger.count();
+            // Only asked, not protected again: that interrupts the processors that write.
+            let count = ledger.written()?;
             dirty += count;
-            anew += count - before.min(count);
+            anew += count - ledger.count().min(count);
             pages += ledger.len() / shared.page;
         }
         if pages == 0 {
@@ -881,6 +1033,11 @@ impl Saver {
         self.drain.every = DRAIN_EVERY;
         if (dirty as f64) < DRAIN_FROM * pages as f64 {
             return Ok(());
+        }
+        for source in &shared.sources {
+            if let Way::Silent(ledger) = &source.way {
+                self.harvest(ledger)?;
+            }
         }
         for data in 0..shared.sources.len() {
             if !self.drain_source(data)? {

@@ -82,6 +82,18 @@ impl Staging {
         }
     }
 
+    /// Lends a chunk if one is free.
+    pub fn try_take(self: &Arc<Self>) -> Option<Chunk> {
+        let mut state = self.state.lock();
+        let number = state.free.pop()?;
+        state.used += 1;
+        state.peak = state.peak.max(state.used);
+        Some(Chunk {
+            staging: self.clone(),
+            number,
+        })
+    }
+
     /// Touches what a cut is going to need, so that it need not wait for zeroed pages. Bytes.
     pub fn warm(self: &Arc<Self>, bytes: usize) {
         let wanted = bytes.div_ceil(CHUNK).min(self.chunks);

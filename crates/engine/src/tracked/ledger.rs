@@ -23,6 +23,12 @@ use crate::memory::small_page;
 /// call costs a few microseconds.
 const REGIONS: usize = 4096;
 
+const NO_REGION: page_region = page_region {
+    start: 0,
+    end: 0,
+    categories: 0,
+};
+
 /// The part that other consumers' harvests write to.
 #[derive(Debug)]
 pub(super) struct Pages {
@@ -107,36 +113,7 @@ impl Ledger {
     /// Asks the kernel what was written in `len` bytes at `start` since the last harvest of anybody,
     /// protects it again, and tells all consumers. Fails if the memory is not what it was.
     pub fn harvest(&self, start: usize, len: usize) -> Result<(), Error> {
-        if self.generation != fork::generation() {
-            return Err(Error::Forked);
-        }
-        let engine = Engine::existing().ok_or(Error::Forked)?;
-        if !mapping::mapped(start, len) {
-            return Err(gone(start, len));
-        }
-        let mut regions = vec![
-            page_region {
-                start: 0,
-                end: 0,
-                categories: 0,
-            };
-            REGIONS
-        ];
-        let scan = Scan {
-            flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
-            all_of: PAGE_IS_WRITTEN,
-            report: PAGE_IS_WRITTEN,
-            ..Scan::default()
-        };
-        // What the program itself threw away reads as zeros, and has no entry to say that it was written if
-        // its page table went too: neither there nor a marker.
-        let gone_pages = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
-        let unmapped = Scan {
-            inverted: gone_pages,
-            all_of: gone_pages,
-            report: gone_pages,
-            ..scan
-        };
+        let engine = self.engine(start, len)?;
         // The same range may be in the ledgers of several consumers: no other harvest comes between the
         // kernel's answer and the last of their maps.
         let ledgers = engine.tracked.ledgers.lock();
@@ -145,19 +122,11 @@ impl Ledger {
             .filter_map(std::sync::Weak::upgrade)
             .filter(|pages| pages.start < start + len && start < pages.start + pages.len)
             .collect();
-        let note = |region: &page_region| {
+        let scanned = scan(engine, start..start + len, PM_SCAN_WP_MATCHING, |range| {
             for pages in &others {
-                pages.note(region.start as usize, region.end as usize);
+                pages.note(range.start, range.end);
             }
-        };
-        let scanned = engine
-            .pagemap
-            .scan_each(start..start + len, &scan, &mut regions, note)
-            .and_then(|()| {
-                engine
-                    .pagemap
-                    .scan_each(start..start + len, &unmapped, &mut regions, note)
-            });
+        });
         if scanned.is_err() {
             // What the kernel protected before it failed may be lost: everything counts as written.
             for pages in &others {
@@ -166,6 +135,45 @@ impl Ledger {
             return Err(gone(start, len));
         }
         Ok(())
+    }
+
+    /// Takes all dirty pages out, as runs of page numbers in order: those that are known, and those that the
+    /// kernel knows now. Nothing is protected again, so that no processor is interrupted while somebody
+    /// stands still; what the kernel knew is therefore found once more by the next harvest.
+    pub fn take_written(&self) -> Result<Vec<Range<usize>>, Error> {
+        let (start, len) = (self.start(), self.len());
+        let engine = self.engine(start, len)?;
+        // No harvest of another consumer may be between the kernel and our map.
+        let _ledgers = engine.tracked.ledgers.lock();
+        let scanned = scan(engine, start..start + len, 0, |range| {
+            self.pages.note(range.start, range.end);
+        });
+        if scanned.is_err() {
+            return Err(gone(start, len));
+        }
+        Ok(self.take(0..len / small_page()))
+    }
+
+    /// The number of pages that have been written, also those that only the kernel knows.
+    pub fn written(&self) -> Result<usize, Error> {
+        let (start, len) = (self.start(), self.len());
+        let engine = self.engine(start, len)?;
+        let mut count = self.count();
+        scan(engine, start..start + len, 0, |range| {
+            count += range.len() / small_page();
+        })
+        .map_err(|_| gone(start, len))?;
+        Ok(count.min(len / small_page()))
+    }
+
+    fn engine(&self, start: usize, len: usize) -> Result<&'static Engine, Error> {
+        if self.generation != fork::generation() {
+            return Err(Error::Forked);
+        }
+        if !mapping::mapped(start, len) {
+            return Err(gone(start, len));
+        }
+        Engine::existing().ok_or(Error::Forked)
     }
 
     /// Takes the dirty pages of a range (page numbers of the ledger) out, in order, as runs.
@@ -241,6 +249,39 @@ impl Drop for Ledger {
             at = at.max(range.end);
         }
     }
+}
+
+/// Tells `each` the address ranges that were written, and those that the program itself threw away.
+fn scan(
+    engine: &Engine,
+    range: Range<usize>,
+    flags: u64,
+    mut each: impl FnMut(Range<usize>),
+) -> std::io::Result<()> {
+    let mut regions = vec![NO_REGION; REGIONS];
+    let written = Scan {
+        flags: flags | PM_SCAN_CHECK_WPASYNC,
+        all_of: PAGE_IS_WRITTEN,
+        report: PAGE_IS_WRITTEN,
+        ..Scan::default()
+    };
+    // What was thrown away reads as zeros, and has no entry to say that it was written if its page table
+    // went too: neither there nor a marker.
+    let nothing = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
+    let thrown_away = Scan {
+        inverted: nothing,
+        all_of: nothing,
+        report: nothing,
+        ..written
+    };
+    for question in [written, thrown_away] {
+        engine
+            .pagemap
+            .scan_each(range.clone(), &question, &mut regions, |region| {
+                each(region.start as usize..region.end as usize);
+            })?;
+    }
+    Ok(())
 }
 
 fn refused(start: usize, len: usize, errno: i32) -> Error {

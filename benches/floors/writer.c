@@ -1,0 +1,138 @@
+// Who writes while a point is taken: single pages to make dirty, and a thread that writes at a steady rate.
+
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+static uint64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static uint64_t next(uint64_t *state) {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    return *state >> 11;
+}
+
+// Private anonymous memory, touched; huge asks for transparent huge pages.
+void *private_memory(uint64_t length, int huge) {
+    uint64_t spare = 2u << 20;
+    char *raw = mmap(0, length + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (raw == MAP_FAILED) return 0;
+    char *base = (char *)(((uintptr_t)raw + spare - 1) & ~(uintptr_t)(spare - 1));
+    madvise(base, length, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+    return base;
+}
+
+// Fill with words that are all different, so that nothing compresses and nothing is zero.
+void fill_words(void *base, uint64_t length, uint64_t seed) {
+    uint64_t *words = base, state = seed * 2654435761u + 1;
+    for (uint64_t i = 0; i < length / 8; i++) words[i] = next(&state) | 1;
+}
+
+// Write one word to each of `count` different pages, chosen at random.
+void dirty_pages(void *base, uint64_t length, uint64_t count, uint64_t seed) {
+    uint64_t pages = length / 4096, state = seed * 88172645463325252u + 1;
+    unsigned char *done = calloc(pages, 1);
+    while (count > 0) {
+        uint64_t page = next(&state) % pages;
+        if (done[page]) continue;
+        done[page] = 1;
+        ((volatile uint64_t *)base)[page * 512 + next(&state) % 512] = next(&state);
+        count--;
+    }
+    free(done);
+}
+
+// Seconds that fork() keeps its caller. The child leaves at once with status 0, or after `linger_us`.
+double timed_fork(int *child, int linger_us) {
+    uint64_t begin = now_ns();
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (linger_us > 0) usleep((useconds_t)linger_us);
+        _exit(0);
+    }
+    uint64_t end = now_ns();
+    *child = pid;
+    return (double)(end - begin) / 1e9;
+}
+
+struct writer {
+    pthread_t thread;
+    volatile uint64_t *words;
+    uint64_t count, period_ns, pages_first;
+    volatile int stop;
+    uint32_t *latencies;
+    uint64_t room;
+    volatile uint64_t written;
+};
+
+static void *write_steadily(void *argument) {
+    struct writer *w = argument;
+    uint64_t state = 0x9E3779B97F4A7C15u, due = now_ns();
+    while (!w->stop) {
+        uint64_t at = now_ns();
+        if (at < due) {
+            struct timespec pause = {0, (long)(due - at)};
+            // Short pauses would cost more than they last: sleep only for a batch of writes.
+            if (due - at > 500000) nanosleep(&pause, 0);
+            continue;
+        }
+        uint64_t word = next(&state) % w->count, value = next(&state);
+        uint64_t begin = now_ns();
+        w->words[word] = value;
+        uint64_t took = now_ns() - begin, n = w->written;
+        if (n < w->room) w->latencies[n] = took > UINT32_MAX ? UINT32_MAX : (uint32_t)took;
+        w->written = n + 1;
+        due += w->period_ns;
+        // A writer that fell behind does not catch up in a burst.
+        if (due + 1000000 < at) due = at;
+    }
+    return 0;
+}
+
+// A thread that makes `rate` random 8-byte writes a second and notes how long each takes (nanoseconds).
+void *start_writer(void *base, uint64_t length, uint64_t rate, uint32_t *latencies, uint64_t room) {
+    struct writer *w = calloc(1, sizeof *w);
+    w->words = base;
+    w->count = length / 8;
+    w->period_ns = 1000000000u / rate;
+    w->latencies = latencies;
+    w->room = room;
+    pthread_create(&w->thread, 0, write_steadily, w);
+    return w;
+}
+
+uint64_t written(void *writer) { return ((struct writer *)writer)->written; }
+
+uint64_t stop_writer(void *writer) {
+    struct writer *w = writer;
+    w->stop = 1;
+    pthread_join(w->thread, 0);
+    uint64_t count = w->written;
+    free(w);
+    return count;
+}
+
+// Rewrites all words until the time is over; returns bytes a second.
+double rewrite(void *base, uint64_t length, double seconds) {
+    uint64_t begin = now_ns(), until = begin + (uint64_t)(seconds * 1e9), bytes = 0;
+    unsigned char value = 1;
+    while (now_ns() < until) {
+        for (uint64_t at = 0; at < length; at += 4u << 20) {
+            uint64_t part = length - at < (4u << 20) ? length - at : (4u << 20);
+            memset((char *)base + at, value, part);
+            bytes += part;
+        }
+        value++;
+    }
+    return (double)bytes / ((double)(now_ns() - begin) / 1e9);
+}

@@ -1,0 +1,249 @@
+"""Workloads of checkpoints: what a point costs the program, and how fast it is saved and read again.
+
+A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "numpy" (numpy.save), or
+"userfault:PAGES[,off]" for tracked memory, with the drain or without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import userfault
+from benches.files import on_disk
+from benches.native import library
+
+Facts = dict[str, float]
+PAGE = 4096
+RATE = 10_000
+"""Random 8-byte writes a second of the writer thread."""
+
+
+def _writer() -> ctypes.CDLL:
+    lib = library("writer")
+    lib.private_memory.restype = lib.start_writer.restype = ctypes.c_void_p
+    lib.timed_fork.restype = lib.rewrite.restype = ctypes.c_double
+    lib.stop_writer.restype = lib.written.restype = ctypes.c_uint64
+    return lib
+
+
+class Subject:
+    """Memory of a kind, and taking a point of it."""
+
+    def __init__(self, memory: str, length: int, staging: str = "256MiB") -> None:
+        self.lib = _writer()
+        self.length = length
+        self.way, _, rest = memory.partition(":")
+        self.pages, _, drain = rest.partition(",")
+        self.folder = Path(tempfile.mkdtemp(prefix="userfault-bench-", dir=on_disk()))
+        self.checkpointer: userfault.Checkpointer | None = None
+        self.array: NDArray[Any]
+        if self.way == "userfault":
+            pages: Any = self.pages
+            userfault.set_memory_limit(length * 2)
+            self.array = userfault.zeros(length, np.uint8, track=True, pages=pages)
+            self.address = self.array.ctypes.data
+            self.lib.fill_words(ctypes.c_void_p(self.address), ctypes.c_uint64(length), ctypes.c_uint64(1))
+            self.checkpointer = userfault.Checkpointer(
+                self.folder,
+                {"array": self.array},
+                drain="off" if drain == "off" else "auto",
+                staging=staging,
+                durable=False,
+                max_to_keep=2,
+            )
+        else:
+            huge = int(self.pages == "2MiB")
+            self.address = self.lib.private_memory(ctypes.c_uint64(length), huge)
+            self.lib.fill_words(ctypes.c_void_p(self.address), ctypes.c_uint64(length), ctypes.c_uint64(1))
+            memory_of = (ctypes.c_uint8 * length).from_address(self.address)
+            self.array = np.frombuffer(memoryview(memory_of).cast("B"), np.uint8)
+
+    def dirty(self, count: int, seed: int) -> None:
+        """Writes to so many pages."""
+        self.lib.dirty_pages(
+            ctypes.c_void_p(self.address),
+            ctypes.c_uint64(self.length),
+            ctypes.c_uint64(count),
+            ctypes.c_uint64(seed),
+        )
+
+    def point(self, linger: float = 0.0) -> tuple[float, Facts]:
+        """Takes a point; seconds that the caller stood still. `linger` is how long a child saves, in seconds."""
+        if self.checkpointer:
+            point = self.checkpointer.save()
+            point.result()
+            return point.stall, {"extra_bytes": float(point.extra_bytes)}
+        if self.way == "numpy":
+            begin = time.perf_counter()
+            np.save(self.folder / "array.npy", self.array)
+            return time.perf_counter() - begin, {}
+        child = ctypes.c_int()
+        stall = self.lib.timed_fork(ctypes.byref(child), int(linger * 1e6))
+        os.waitpid(child.value, 0)
+        return float(stall), {}
+
+    def close(self) -> None:
+        """Removes the files."""
+        if self.checkpointer:
+            self.checkpointer.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def subject(options: argparse.Namespace) -> Iterator[Subject]:
+    """Memory of the kind that the options name."""
+    made = Subject(options.memory, options.length)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def stall(options: argparse.Namespace) -> Facts:
+    """Milliseconds that a caller stands still, `--count` pages having been written since the point before."""
+    with subject(options) as memory:
+        memory.point()
+        stalls = []
+        facts: Facts = {}
+        for turn in range(5):
+            memory.dirty(options.count, turn + 1)
+            took, facts = memory.point()
+            stalls.append(took * 1e3)
+        return {"value": statistics.median(stalls), "worst": max(stalls), **facts}
+
+
+def drained(options: argparse.Namespace) -> Facts:
+    """Milliseconds of stall with a writer at a steady rate, and a point every `--count` seconds; its p99 in us."""
+    with subject(options) as memory:
+        memory.point()
+        room = 4_000_000
+        latencies = np.zeros(room, np.uint32)
+        writer = memory.lib.start_writer(
+            ctypes.c_void_p(memory.address),
+            ctypes.c_uint64(options.length),
+            ctypes.c_uint64(RATE),
+            latencies.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(room),
+        )
+        handle = ctypes.c_void_p(writer)
+        stalls, marks = [], []
+        extra = 0.0
+        for _ in range(3):
+            time.sleep(options.count)
+            first = memory.lib.written(handle)
+            took, facts = memory.point(linger=1.0)
+            # What a point makes of the writer is seen for as long as the copy lives: a second at least.
+            time.sleep(max(0.0, 1.0 - took))
+            marks.append((first, memory.lib.written(handle)))
+            stalls.append(took * 1e3)
+            extra = max(extra, facts.get("extra_bytes", 0.0))
+        count = memory.lib.stop_writer(handle)
+        during = np.concatenate([latencies[first:last] for first, last in marks])
+        quiet = np.ones(min(count, room), bool)
+        for first, last in marks:
+            quiet[first:last] = False
+        return {
+            "value": statistics.median(stalls),
+            "p99_us": float(np.percentile(during, 99)) / 1e3,
+            "p99_quiet_us": float(np.percentile(latencies[: len(quiet)][quiet], 99)) / 1e3,
+            "worst_us": float(during.max()) / 1e3,
+            "extra_bytes": extra,
+        }
+
+
+def writer_p99(options: argparse.Namespace) -> Facts:
+    """As `drained`, but the value is the writer's p99 while points are taken, in microseconds."""
+    facts = drained(options)
+    return {**facts, "stall_ms": facts["value"], "value": facts["p99_us"]}
+
+
+def rewriting(options: argparse.Namespace) -> Facts:
+    """GB/s of a program that rewrites all its memory, a point being armed every `--count` seconds; 0: never."""
+    with subject(options) as memory:
+        if memory.checkpointer:
+            memory.point()
+        base, length = ctypes.c_void_p(memory.address), ctypes.c_uint64(options.length)
+        memory.lib.rewrite(base, length, ctypes.c_double(0.5))
+        speeds = []
+        for _ in range(5):
+            if memory.checkpointer and options.count:
+                memory.checkpointer.save()
+            speeds.append(memory.lib.rewrite(base, length, ctypes.c_double(1.0)) / 1e9)
+        return {"value": statistics.median(speeds)}
+
+
+def full_save(options: argparse.Namespace) -> Facts:
+    """Seconds until all of an array is in files."""
+    with subject(options) as memory:
+        begin = time.perf_counter()
+        memory.point()
+        return {"value": time.perf_counter() - begin}
+
+
+def incremental(options: argparse.Namespace) -> Facts:
+    """Seconds until a point of `--count` written pages is in files."""
+    with subject(options) as memory:
+        memory.point()
+        times = []
+        for turn in range(3):
+            memory.dirty(options.count, turn + 1)
+            begin = time.perf_counter()
+            memory.point()
+            times.append(time.perf_counter() - begin)
+        return {"value": statistics.median(times)}
+
+
+def restoring(options: argparse.Namespace) -> Facts:
+    """Milliseconds to the first element of a point, from a warm page cache; facts: the eager restore in GB/s."""
+    with subject(options) as memory:
+        if memory.checkpointer is None:
+            path = memory.folder / "array.npy"
+            np.save(path, memory.array)
+            into = np.empty(options.length, np.uint8)
+            into[::PAGE] = 1
+            path.open("rb").readinto(into.data)
+            begin = time.perf_counter()
+            with path.open("rb") as file:
+                file.seek(128)
+                file.readinto(into.data)
+            took = time.perf_counter() - begin
+            return {"value": took * 1e3, "GB_s": options.length / took / 1e9}
+        memory.point()
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            with userfault.restore(memory.folder, mode="r") as state:
+                element = int(state["array"][options.length // 2])
+            times.append(time.perf_counter() - begin)
+            assert element == int(memory.array[options.length // 2])
+        into = np.empty(options.length, np.uint8)
+        into[::PAGE] = 1
+        userfault.restore(memory.folder, into={"array": into})
+        begin = time.perf_counter()
+        userfault.restore(memory.folder, into={"array": into})
+        took = time.perf_counter() - begin
+        return {"value": statistics.median(times) * 1e3, "GB_s": options.length / took / 1e9}
+
+
+WORKLOADS = {
+    "snapshot-stall": stall,
+    "snapshot-drained": drained,
+    "snapshot-writer": writer_p99,
+    "snapshot-rewriting": rewriting,
+    "snapshot-full": full_save,
+    "snapshot-incremental": incremental,
+    "snapshot-restoring": restoring,
+}

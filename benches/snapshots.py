@@ -81,7 +81,7 @@ class Subject:
         )
 
     def point(self, linger: float = 0.0) -> tuple[float, Facts]:
-        """Takes a point; seconds that the caller stood still. `linger` is how long a child saves, in seconds."""
+        """Takes a point; seconds that the caller stood still. `linger`: seconds a child saves."""
         if self.checkpointer:
             point = self.checkpointer.save()
             point.result()
@@ -126,7 +126,7 @@ def stall(options: argparse.Namespace) -> Facts:
 
 
 def drained(options: argparse.Namespace) -> Facts:
-    """Milliseconds of stall with a writer at a steady rate, and a point every `--count` seconds; its p99 in us."""
+    """Milliseconds of stall with a steady writer, and a point every `--count` seconds; its p99 in us."""
     with subject(options) as memory:
         memory.point()
         room = 4_000_000
@@ -171,7 +171,7 @@ def writer_p99(options: argparse.Namespace) -> Facts:
 
 
 def rewriting(options: argparse.Namespace) -> Facts:
-    """GB/s of a program that rewrites all its memory, a point being armed every `--count` seconds; 0: never."""
+    """GB/s of a program that rewrites all its memory, a point every `--count` seconds; 0: never."""
     with subject(options) as memory:
         if memory.checkpointer:
             memory.point()
@@ -207,7 +207,7 @@ def incremental(options: argparse.Namespace) -> Facts:
 
 
 def restoring(options: argparse.Namespace) -> Facts:
-    """Milliseconds to the first element of a point, from a warm page cache; facts: the eager restore in GB/s."""
+    """Milliseconds to the first element of a point in a warm page cache; facts: the eager restore in GB/s."""
     with subject(options) as memory:
         if memory.checkpointer is None:
             path = memory.folder / "array.npy"

@@ -444,7 +444,10 @@ impl Checkpointer {
             let _cutting = shared.cutting.lock();
             let failures = shared.failures.load(Ordering::Relaxed);
             job.failures.store(failures, Ordering::Relaxed);
-            job.cut.store(shared.cuts.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+            job.cut.store(
+                shared.cuts.fetch_add(1, Ordering::Relaxed) + 1,
+                Ordering::Relaxed,
+            );
             shared.copying.store(true, Ordering::Release);
             let copied = self.copy_aside(&job, &hand_over);
             shared.copying.store(false, Ordering::Release);
@@ -508,7 +511,10 @@ impl Checkpointer {
         }
         let copied: usize = parts
             .iter()
-            .flat_map(|(data, runs)| runs.iter().map(|run| shared.sources[*data].len_of(run.clone())))
+            .flat_map(|(data, runs)| {
+                runs.iter()
+                    .map(|run| shared.sources[*data].len_of(run.clone()))
+            })
             .sum();
         total += copied;
         job.point.total_bytes.store(total as u64, Ordering::Relaxed);
@@ -656,7 +662,11 @@ impl Shared {
 }
 
 /// Parts cut in two after about `first` bytes.
-fn halves(parts: Parts, first: usize, len: impl Fn(usize, Range<usize>) -> usize) -> (Parts, Parts) {
+fn halves(
+    parts: Parts,
+    first: usize,
+    len: impl Fn(usize, Range<usize>) -> usize,
+) -> (Parts, Parts) {
     let (mut one, mut two, mut sum) = (Parts::new(), Parts::new(), 0);
     for (data, runs) in parts {
         let (mut here, mut there) = (Vec::new(), Vec::new());

@@ -126,7 +126,7 @@ fn live_pages(
         let point = OpenPoint::of(shared.folder.path(), manifest.identity, summary.clone())?;
         walk(&point, &mut seen, &mut |number, page, len| {
             calls += 1;
-            if calls % 1024 == 0 {
+            if calls.is_multiple_of(1024) {
                 shared.make_way();
             }
             if let Some(pages) = live.get_mut(&number) {

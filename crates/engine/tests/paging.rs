@@ -210,19 +210,19 @@ fn writers_under_a_small_limit_lose_nothing() {
     }
 }
 
-fn page_tables() -> u64 {
+/// A figure of /proc/self/status.
+fn status(name: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status
-        .lines()
-        .find(|line| line.starts_with("VmPTE:"))
-        .unwrap();
-    line.split_whitespace()
-        .nth(1)
-        .unwrap()
-        .parse::<u64>()
-        .unwrap()
-        << 10
+    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
+
+fn page_tables() -> u64 {
+    status("VmPTE:") << 10
+}
+
+/// Page tables of one more thread: its stack, and an arena of malloc of its own.
+const THREAD_TABLES: u64 = 4 * 4096;
 
 #[test]
 fn a_sweep_leaves_no_page_tables_behind() {
@@ -238,7 +238,7 @@ fn a_sweep_leaves_no_page_tables_behind() {
             options(access, len, block, pages, 16 << 20),
         )
         .unwrap();
-        let before = page_tables();
+        let (before, threads) = (page_tables(), status("Threads:"));
         for at in (0..len).step_by(4096) {
             // SAFETY: inside of the region.
             unsafe { region.base().add(at).read_volatile() };
@@ -249,7 +249,12 @@ fn a_sweep_leaves_no_page_tables_behind() {
         );
         println!("{}: {grown} bytes grown, {counted} counted", region.pages());
         // Without releasing them it would be 1 or 2 MiB: 4 KiB for each 2 MiB and mapping.
-        assert!(grown <= 256 << 10, "{grown} bytes of page tables stay");
+        // A busy machine makes the engine start more threads, which have tables of their own.
+        let more = status("Threads:").saturating_sub(threads);
+        assert!(
+            grown <= (256 << 10) + more * THREAD_TABLES,
+            "{grown} bytes of page tables stay, with {more} more threads"
+        );
         assert!(counted <= 256 << 10);
     }
 }

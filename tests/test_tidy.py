@@ -24,9 +24,7 @@ LAYERS = ["userfault-uffd", "userfault-store", "userfault-engine", "userfault-sn
 """The crates, lowest first: a crate may depend on those before it."""
 
 LONGEST = 800
-LONGER_WITH_REASON: dict[str, str] = {
-    "crates/snapshot/src/saver.rs": "the drain, the cut and the save are one protocol; the next to be split",
-}
+LONGER_WITH_REASON: dict[str, str] = {}
 """Files that may pass LONGEST lines, each with its reason."""
 
 

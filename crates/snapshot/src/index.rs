@@ -121,6 +121,24 @@ impl DataIndex {
         Ok((directory, NewLeaves(leaves)))
     }
 
+    /// Segments of the leaves that would not be written again.
+    pub fn leaf_segments(&self) -> impl Iterator<Item = u32> {
+        self.leaves
+            .iter()
+            .enumerate()
+            .filter(|(number, leaf)| leaf.kind() != Kind::Zero && !self.changed.contains(*number))
+            .map(|(_, leaf)| leaf.segment())
+    }
+
+    /// Has the leaves in some segments written again.
+    pub fn rewrite_leaves(&mut self, segments: &BTreeSet<u32>) {
+        for (number, leaf) in self.leaves.iter().enumerate() {
+            if leaf.kind() != Kind::Zero && segments.contains(&leaf.segment()) {
+                self.changed.insert(number..number + 1);
+            }
+        }
+    }
+
     /// The point is published: its leaves are the ones to compare with.
     pub fn published(&mut self, leaves: NewLeaves) {
         self.leaves = leaves.0;

@@ -16,7 +16,10 @@
 //!
 //! | file | concept |
 //! |---|---|
-//! | `checkpointer`, `saver`, `point` | save, the thread behind it, and what it promises |
+//! | `checkpointer`, `following`, `point` | what a program calls; how its arrays are followed; what save() returns |
+//! | `cut`, `copier`, `job` | the instant, copying blocks aside, a save on its way |
+//! | `saver`, `drain`, `publish` | the thread behind the cuts: storing, copying ahead, finishing a point |
+//! | `shared` | what cuts, saver and watcher share |
 //! | `source` | an array's memory: which blocks have changed, and copying them |
 //! | `staging` | memory for what was copied aside |
 //! | `index` | where each block of the next point is |
@@ -27,8 +30,8 @@
 //! The format is described in `docs/reference/checkpoint-format.md`.
 //!
 //! # Locks
-//! `source::Cutting` (held by a cut, and by the drain while it reads one chunk), then the engine's. The
-//! checkpointer's state, a job's batches and staging are leaves, and none is held during I/O.
+//! `Checkpointer::saving` (one cut at a time), then `Shared::cutting` (held by a cut, and by the saver while it
+//! takes and reads a chunk; see `shared`), then the engine's. The checkpointer's state, a job's batches and staging are leaves, and none is held during I/O.
 //!
 //! # Promises
 //! * A point holds what the memory held at its cut, for every write of the thread that called save().
@@ -38,16 +41,23 @@
 
 mod checkpointer;
 mod codec;
+mod copier;
+mod cut;
+mod drain;
 mod entry;
 mod error;
 mod folder;
+mod following;
 mod index;
+mod job;
 mod manifest;
 mod point;
 mod prune;
+mod publish;
 mod reader;
 mod saver;
 mod segment;
+mod shared;
 mod source;
 mod staging;
 mod verify;

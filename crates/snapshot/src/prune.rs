@@ -9,13 +9,13 @@ use std::fs::OpenOptions;
 
 use userfault_engine::dirty::DirtyMap;
 
-use crate::checkpointer::Shared;
 use crate::codec;
 use crate::entry::{Entry, Kind, PAGE};
 use crate::error::Error;
 use crate::folder::{flock, segment_name};
 use crate::manifest::{Extent, Manifest};
 use crate::reader::{Files, OpenPoint};
+use crate::shared::Shared;
 
 /// Drops all but the newest `keep` points, and looks at every file for what a killed prune has left.
 pub fn sweep(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<(), Error> {

@@ -2,85 +2,18 @@
 //!
 //! Unsafe: writes to tracked memory through raw pointers, as programs do.
 
-use std::path::{Path, PathBuf};
+mod common;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use userfault_engine::Pages;
 use userfault_engine::tracked::Tracked;
-use userfault_snapshot::{
-    Array, ArrayReader, Checkpointer, Compress, Error, Op, OpenPoint, Options, verify,
-};
+use userfault_snapshot::{Array, Checkpointer, Compress, Error, Op, Options, verify};
 
-const MIB: usize = 1 << 20;
-
-/// A folder that is removed at the end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Folder {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let name = format!(
-            "userfault-points-{}-{}",
-            std::process::id(),
-            NEXT.fetch_add(1, Ordering::Relaxed)
-        );
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Memory of some kind, written as a program would.
-enum Memory {
-    Own(Arc<Tracked>, usize),
-    Foreign(Vec<u8>),
-}
-
-impl Memory {
-    fn start(&self) -> usize {
-        match self {
-            Memory::Own(memory, _) => memory.start(),
-            Memory::Foreign(bytes) => bytes.as_ptr() as usize,
-        }
-    }
-
-    fn len(&self) -> usize {
-        match self {
-            Memory::Own(_, len) => *len,
-            Memory::Foreign(bytes) => bytes.len(),
-        }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: the memory is the test's own, and no other thread of it has a reference.
-        unsafe { std::slice::from_raw_parts_mut(self.start() as *mut u8, self.len()) }
-    }
-
-    fn array(&self, name: &str) -> Array {
-        Array {
-            name: name.into(),
-            description: "{}".into(),
-            start: self.start(),
-            nbytes: self.len(),
-            always_copy: false,
-        }
-    }
-}
-
-fn random(state: &mut u64) -> usize {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    (*state >> 11) as usize
-}
+use common::{Folder, MIB, Memory, random, read, settle};
 
 fn kinds() -> Vec<(&'static str, Memory)> {
     let mut kinds = vec![
@@ -99,21 +32,6 @@ fn kinds() -> Vec<(&'static str, Memory)> {
         Err(error) => eprintln!("no huge pages here: {error}"),
     }
     kinds
-}
-
-fn read(path: &Path, step: u64, array: usize) -> Vec<u8> {
-    let point = OpenPoint::open(path, Some(step)).unwrap();
-    let data = point.arrays()[array].data;
-    let reader: ArrayReader = point.reader(data).unwrap();
-    let mut bytes = vec![1; reader.record().nbytes as usize];
-    reader.read_array(0, &mut bytes, 2).unwrap();
-    bytes
-}
-
-fn settle(checkpointer: &Checkpointer) -> Result<(), Error> {
-    checkpointer
-        .wait(Duration::from_secs(60))
-        .expect("done within a minute")
 }
 
 #[test]

@@ -1,0 +1,181 @@
+//! Copying blocks out of memory into batches, which the saver hashes and writes.
+
+use std::ops::Range;
+
+use crate::error::Error;
+use crate::job::Job;
+use crate::shared::Shared;
+use crate::source::Source;
+use crate::staging::Chunk;
+
+/// Consecutive blocks of one array in a batch.
+pub struct Item {
+    pub data: usize,
+    pub blocks: Range<usize>,
+    /// Where their bytes begin in the buffer.
+    pub at: usize,
+}
+
+/// Memory that a batch lies in.
+pub enum Buffer {
+    /// Staging.
+    Chunk(Chunk),
+    /// The saver's own.
+    Own(Vec<u8>),
+}
+
+impl Buffer {
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Buffer::Chunk(chunk) => chunk,
+            Buffer::Own(bytes) => bytes,
+        }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Buffer::Chunk(chunk) => chunk,
+            Buffer::Own(bytes) => bytes,
+        }
+    }
+}
+
+/// Copied blocks.
+pub struct Batch {
+    pub buffer: Buffer,
+    pub items: Vec<Item>,
+}
+
+/// Fills batches with blocks.
+pub struct Copier<'a> {
+    sources: &'a [Source],
+    /// The next buffer; `None`: give up.
+    next: &'a mut dyn FnMut() -> Option<Buffer>,
+    /// Takes a full batch.
+    full: &'a mut dyn FnMut(Batch),
+    buffer: Option<Buffer>,
+    used: usize,
+    items: Vec<Item>,
+    /// Foreign ranges that are still to be read, and where in the buffer.
+    ranges: Vec<(usize, usize)>,
+    ranges_at: usize,
+    ranges_of: usize,
+}
+
+impl<'a> Copier<'a> {
+    pub fn new(
+        sources: &'a [Source],
+        next: &'a mut dyn FnMut() -> Option<Buffer>,
+        full: &'a mut dyn FnMut(Batch),
+    ) -> Copier<'a> {
+        Copier {
+            sources,
+            next,
+            full,
+            buffer: None,
+            used: 0,
+            items: Vec::new(),
+            ranges: Vec::new(),
+            ranges_at: 0,
+            ranges_of: 0,
+        }
+    }
+
+    /// Copies blocks of an array. `Ok(false)`: there is no buffer any more, the save was given up.
+    pub fn copy(&mut self, data: usize, blocks: Range<usize>) -> Result<bool, Error> {
+        let source = &self.sources[data];
+        let mut first = blocks.start;
+        while first < blocks.end {
+            if self.buffer.is_none() {
+                self.buffer = (self.next)();
+                let Some(buffer) = &self.buffer else {
+                    return Ok(false);
+                };
+                debug_assert!(buffer.bytes().len() >= source.block);
+            }
+            let room = self.buffer.as_ref().expect("just taken").bytes().len() - self.used;
+            let fits = (room / source.block).min(blocks.end - first);
+            if fits == 0 {
+                self.send()?;
+                continue;
+            }
+            let part = first..first + fits;
+            first = part.end;
+            let (address, len, lead) = source.memory_of(part.clone());
+            let at = self.used;
+            if source.own.is_some() {
+                let buffer = self.buffer.as_mut().expect("just taken").bytes_mut();
+                buffer[at..at + lead].fill(0);
+                source.copy_own(address, &mut buffer[at + lead..at + lead + len]);
+            } else {
+                if self.ranges_of != data || lead > 0 {
+                    self.read()?;
+                }
+                if lead > 0 {
+                    self.buffer.as_mut().expect("just taken").bytes_mut()[at..at + lead].fill(0);
+                }
+                if self.ranges.is_empty() {
+                    (self.ranges_at, self.ranges_of) = (at + lead, data);
+                }
+                self.ranges.push((address, len));
+            }
+            self.used += lead + len;
+            self.items.push(Item {
+                data,
+                blocks: part,
+                at,
+            });
+        }
+        Ok(true)
+    }
+
+    fn read(&mut self) -> Result<(), Error> {
+        if self.ranges.is_empty() {
+            return Ok(());
+        }
+        let len: usize = self.ranges.iter().map(|range| range.1).sum();
+        let buffer = self.buffer.as_mut().expect("ranges lie in it").bytes_mut();
+        let into = &mut buffer[self.ranges_at..self.ranges_at + len];
+        let read = self.sources[self.ranges_of].copy_foreign(&self.ranges, into);
+        self.ranges.clear();
+        read
+    }
+
+    /// Hands over what there is.
+    pub fn send(&mut self) -> Result<(), Error> {
+        self.read()?;
+        self.used = 0;
+        if let Some(buffer) = self.buffer.take()
+            && !self.items.is_empty()
+        {
+            (self.full)(Batch {
+                buffer,
+                items: std::mem::take(&mut self.items),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Arrays by number, and blocks of each.
+pub type Parts = Vec<(usize, Vec<Range<usize>>)>;
+
+/// Copies blocks and gives them to the saver. Ends early if there is no buffer any more.
+pub fn copy_parts(
+    shared: &Shared,
+    job: &Job,
+    parts: Parts,
+    next: &mut dyn FnMut() -> Option<Buffer>,
+) -> Result<(), Error> {
+    let mut full = |batch: Batch| job.push(batch);
+    let mut copier = Copier::new(&shared.sources, next, &mut full);
+    for (data, runs) in parts {
+        for run in runs {
+            if !copier.copy(data, run)? {
+                // The watcher gave it up, and has said why.
+                return Ok(());
+            }
+        }
+    }
+    copier.send()
+}

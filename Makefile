@@ -37,9 +37,11 @@ tour: .venv/.ext ## watch NumPy work on a file larger than the memory it may use
 	$(BIN)/python -m userfault tour $(TOUR)
 
 # The Python crate has no tests in Rust: what it does is tested from Python. Leaving it out also spares a
-# second build of PyO3, which is compiled differently for an extension module.
+# second build of PyO3, which is compiled differently for an extension module. The second line builds the
+# engine with umap's defects in it, to see that each of them is found.
 test: .venv/.ext ## run every test, Rust's and then Python's
 	cargo test --release --workspace --exclude userfault-python
+	cargo test --release -p userfault-engine --features defects --test umap_defects put_back
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/.ext ## measure against floors and rivals; writes docs/reference/performance.md
@@ -51,7 +53,7 @@ lint: .venv/.ext ## ruff, mypy, stubtest, rustfmt, clippy
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest userfault._native
 	cargo fmt --all --check
-	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --workspace --all-targets --features userfault-engine/defects -- -D warnings
 
 docs: .venv/.ext .venv/.docs ## build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html

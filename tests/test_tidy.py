@@ -85,6 +85,12 @@ def test_an_unsafe_block_without_a_safety_comment_is_an_error() -> None:
     assert lints["rust"]["unsafe_op_in_unsafe_fn"] == "deny"
 
 
+def test_no_release_has_the_defects_that_tests_put_back() -> None:
+    native = importlib.import_module("userfault._native")
+    assert native.__file__
+    assert b"USERFAULT_DEFECT" not in Path(native.__file__).read_bytes()
+
+
 def test_only_the_python_crate_knows_python() -> None:
     knowing = {name for name, manifest in crates().items() if dependencies(manifest) & {"pyo3", "numpy"}}
     assert knowing == {"userfault-python"}

@@ -12,6 +12,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use userfault_store::Store;
 
 use crate::block::State;
+use crate::defects::{Defect, put_back};
 use crate::error::Error;
 use crate::memory::{HUGE, Kind, Memory};
 use crate::pool::{Pool, Seat};
@@ -101,7 +102,11 @@ impl Body {
             retry_for: plan.retry_for,
             read_turn: plan.read_turn,
             store: StoreBox(plan.store),
-            store_offset: plan.store_offset,
+            store_offset: if put_back(Defect::OffsetIgnored) {
+                0
+            } else {
+                plan.store_offset
+            },
             len: plan.len,
             memory: plan.memory,
             block: plan.block,
@@ -189,6 +194,9 @@ impl Body {
 
     /// The part of `len` bytes at `start` that the store has: the tail of the mapping is not in it.
     pub(crate) fn stored(&self, start: usize, len: usize) -> usize {
+        if put_back(Defect::TailIsStored) {
+            return len;
+        }
         len.min(self.len.saturating_sub(start))
     }
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 use crate::Access;
 use crate::block::{Purpose, State};
 use crate::body::Body;
+use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::kernel::record;
@@ -68,12 +69,15 @@ fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
             State::Resting => table.home.any(body.pages(block)),
             _ => false,
         };
+        let wanted =
+            wanted && !(put_back(Defect::PinnedIsNotWritten) && table.pins.contains_key(&block));
         if wanted && table.claim(block, Purpose::Clean) {
             held.push(Held {
                 block,
                 mapped: state == State::Resident,
             });
-        } else if !held.is_empty() {
+        } else if !held.is_empty() && !put_back(Defect::FlushHoldsAndWaits) {
+            // Whoever holds blocks waits for none.
             break;
         } else if state.exclusive() && which == Which::All {
             // A flush covers what its owner is doing: it may be a write-back that fails.
@@ -91,6 +95,9 @@ fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
             }
         }
         block += 1;
+    }
+    while put_back(Defect::FlushHoldsAndWaits) && !held.is_empty() && table.owned > held.len() {
+        body.sleep(&mut table, Duration::from_millis(100));
     }
     held
 }

@@ -20,6 +20,7 @@ use userfault_uffd::{OpenOptions, Pagemap, Uffd};
 
 use crate::body::Body;
 use crate::clock::Clock;
+use crate::defects::{Defect, put_back};
 use crate::drain::Drain;
 use crate::error::Error;
 use crate::fork::{self, Kept};
@@ -187,6 +188,9 @@ impl Engine {
     }
 
     pub(crate) fn dismiss(&self, body: &Body) {
+        if put_back(Defect::UserfaultfdForEach) {
+            crate::defects::close_the_one_of(body.id);
+        }
         self.by_address.write().remove(&body.memory.main());
         self.by_id.write().remove(&body.id);
         self.past.absorb(&body.counters);

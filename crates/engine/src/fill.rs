@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::block::{Answer, Fault, Purpose, State, answer};
 use crate::body::Body;
+use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::poison;
@@ -104,7 +105,10 @@ impl Engine {
             return;
         };
         let offset = touch.address - body.memory.main();
-        let block = (offset / body.block) as u32;
+        let mut block = (offset / body.block) as u32;
+        if put_back(Defect::BlocksOfAddressZero) {
+            block = (touch.address / body.block - body.memory.main() / body.block) as u32;
+        }
         let counters = &body.counters;
         add(
             match touch.fault {

@@ -16,6 +16,7 @@ use userfault_uffd::abi::{
 use userfault_uffd::{Fill, Filled, Scan, fill};
 
 use crate::body::Body;
+use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::table::Table;
@@ -39,6 +40,9 @@ impl Engine {
 
     /// Registers a region's memory, before its first touch.
     pub(crate) fn register(&self, body: &Body) -> Result<(), Error> {
+        if put_back(Defect::UserfaultfdForEach) {
+            crate::defects::open_one_for(body.id);
+        }
         let mut mode = UFFDIO_REGISTER_MODE_MISSING;
         if body.memory.shared() {
             mode |= UFFDIO_REGISTER_MODE_MINOR;

@@ -18,6 +18,7 @@
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
 //! | `tracked` | memory whose writes are noted for checkpoints, and how |
 //! | `watch` | the debug option: no write is missed |
+//! | `defects` | wrong rules that a build for tests can put back |
 //! | `fork`, `signals` | what a child gets; threads without signals |
 //!
 //! # Locks
@@ -37,6 +38,10 @@ pub mod block;
 mod body;
 mod clean;
 mod clock;
+#[cfg(not(feature = "defects"))]
+mod defects;
+#[cfg(feature = "defects")]
+pub mod defects;
 pub mod dirty;
 mod drain;
 mod engine;

@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
+use crate::defects::{Defect, put_back};
 use crate::error::Error;
 use crate::fill::Filling;
 use crate::huge_tmpfs;
@@ -200,7 +201,9 @@ impl Memory {
                 memory.advise(view, len, libc::MADV_DONTFORK)?;
             }
         }
-        memory.advise(main, len, libc::MADV_DONTFORK)?;
+        if !put_back(Defect::ChildReadsZeros) {
+            memory.advise(main, len, libc::MADV_DONTFORK)?;
+        }
         Ok(memory)
     }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::block::{Purpose, State};
 use crate::body::Body;
+use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::stats::add;
@@ -16,6 +17,9 @@ use crate::table::{BlockError, Table};
 
 /// Gives a block up. Its state is Filling or Poisoning, its memory has been released.
 pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Error) {
+    if put_back(Defect::ReadErrorIsTheEnd) {
+        std::process::exit(1);
+    }
     body.lock().turn_into(block, State::Poisoning);
     let (offset, len) = (body.start(block) as u64, body.block_len(block) as u64);
     // Before the marker and the state: a thread that meets them may ask at once, or be the last of its process.

@@ -15,6 +15,8 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use parking_lot::Mutex;
 
+use crate::defects::{Defect, put_back};
+
 /// Blocks that one instruction may need at once: a copy whose both ends straddle two blocks.
 pub const BLOCKS_TO_RUN: usize = 4;
 
@@ -114,6 +116,9 @@ impl PoolState {
     /// Bytes of as many of the largest blocks as one instruction may need.
     fn to_run(&self) -> u64 {
         let largest = self.sizes.last_key_value().map_or(0, |(size, _)| *size);
+        if put_back(Defect::OneBlockIsEnough) {
+            return largest;
+        }
         BLOCKS_TO_RUN as u64 * largest
     }
 
@@ -406,7 +411,9 @@ impl Pool {
         let mut state = self.state.lock();
         let state = &mut *state;
         for queue in [&mut state.probation, &mut state.main, &mut state.resting] {
-            queue.retain(|entry| entry.seat.region != region);
+            queue.retain(|entry| {
+                entry.seat.region != region && !put_back(Defect::CloseTakesNeighbours)
+            });
         }
         state.probation_bytes = state
             .probation

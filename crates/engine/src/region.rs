@@ -9,6 +9,7 @@ use userfault_store::Store;
 use crate::block::State;
 use crate::body::{Body, COPY_LIMIT, Plan};
 use crate::clean;
+use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::fork::{self, Kept};
@@ -124,7 +125,7 @@ fn memory(options: &RegionOptions, shape: &Shape, limit: u64) -> Result<Memory, 
 impl Region {
     /// Opens `options.len` bytes of `store` as memory.
     pub fn open(store: Arc<dyn Store>, options: RegionOptions) -> Result<Arc<Region>, Error> {
-        if options.len == 0 {
+        if options.len == 0 && !put_back(Defect::ArgumentsUnchecked) {
             return Err(Error::Invalid(
                 "the region would be empty; the length must be at least 1 byte".into(),
             ));
@@ -214,6 +215,7 @@ impl Region {
         if offset
             .checked_add(len)
             .is_none_or(|end| end > self.body.len as u64)
+            && !put_back(Defect::ArgumentsUnchecked)
         {
             return Err(Error::Invalid(format!(
                 "{len} bytes at offset {offset} lie outside of the region of {} bytes",
@@ -307,6 +309,11 @@ impl Region {
         let mut blocks = Vec::with_capacity(ranges.len());
         for &(offset, len) in ranges {
             self.check(offset, len)?;
+            if put_back(Defect::UnalignedPrefetchIsNothing)
+                && !offset.is_multiple_of(self.body.block as u64)
+            {
+                continue;
+            }
             blocks.push(self.body.blocks(offset, len));
         }
         Ok(prefetch::start(engine, &self.body, &blocks))
@@ -559,6 +566,9 @@ impl Drop for Region {
             // The parent's memory is not mapped here; its descriptors were closed at the fork.
             std::mem::forget(self.body.clone());
             return;
+        }
+        if put_back(Defect::LeakAtClose) {
+            return std::mem::forget(self.body.clone());
         }
         self.abandon();
         // A store that has not come back leaves threads behind that may still use these addresses: then

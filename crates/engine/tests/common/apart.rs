@@ -24,6 +24,8 @@ pub struct Ended {
     pub signal: i32,
     /// Its exit status, if it ended by itself.
     pub code: Option<i32>,
+    /// True if it had not ended when its time was over, and was killed.
+    pub late: bool,
     /// What it wrote to stdout and stderr.
     pub output: String,
 }
@@ -49,8 +51,19 @@ pub fn check(name: &str, ended: &Ended) {
     assert_eq!(ended.code, Some(0), "{name}: signal {signal}\n{output}");
 }
 
-/// Runs the test `name` again, in a child. Use the macros instead.
+/// Runs the test `name` again, in a child that must end in time. Use the macros instead.
 pub fn again(name: &str, limit: Duration, environment: &[(&str, &str)]) -> Ended {
+    let ended = attempt(name, limit, environment);
+    let output = &ended.output;
+    assert!(
+        !ended.late,
+        "{name} had not ended after {limit:?}\n{output}"
+    );
+    ended
+}
+
+/// As [`again`], but to be late is an answer too.
+pub fn attempt(name: &str, limit: Duration, environment: &[(&str, &str)]) -> Ended {
     let output = tempfile();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
@@ -79,10 +92,10 @@ pub fn again(name: &str, limit: Duration, environment: &[(&str, &str)]) -> Ended
     unsafe { libc::kill(group, libc::SIGKILL) };
     let status = child.wait().unwrap();
     let text = contents(output);
-    assert!(!late, "{name} had not ended after {limit:?}\n{text}");
     Ended {
         signal: status.signal().unwrap_or(0),
         code: status.code(),
+        late,
         output: text,
     }
 }

@@ -129,3 +129,20 @@ pub fn write_to(region: &Region, at: usize, len: usize, fd: RawFd) -> isize {
         count
     }
 }
+
+fn tail(region: &Region, len: usize) -> *mut u8 {
+    assert!((region.len() + len).is_multiple_of(4096));
+    region.base().wrapping_add(region.len())
+}
+
+/// The bytes behind the end of a region, up to the end of its last page.
+pub fn behind(region: &Region, len: usize) -> Vec<u8> {
+    // SAFETY: the mapping is rounded up to a page.
+    unsafe { std::slice::from_raw_parts(tail(region, len), len) }.to_vec()
+}
+
+/// Writes the bytes behind the end of a region.
+pub fn fill_behind(region: &Region, len: usize, byte: u8) {
+    // SAFETY: the mapping is rounded up to a page.
+    unsafe { tail(region, len).write_bytes(byte, len) }
+}

@@ -1,0 +1,116 @@
+//! Thirteen wrong rules, one beside the right one each: defects that LLNL's umap 2.1.0 was seen to have.
+//!
+//! They are there so that the tests can be tested. Only a build with the feature `defects`, which no release
+//! has, can put one back: the one that the variable USERFAULT_DEFECT names. Without the feature
+//! [`put_back`] is a constant, and the wrong rules are compiled out. `tests/umap_defects.rs` has a test for
+//! each, and a run that shows that exactly this one fails when its defect is there.
+
+/// What umap does wrong. In the order of the tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Defect {
+    /// The offset is ignored: every region begins at the start of its store.
+    OffsetIgnored,
+    /// What a region took stays when it goes: descriptor, addresses, and with them its memory.
+    LeakAtClose,
+    /// The tail of the last page is read from the store and written to it.
+    TailIsStored,
+    /// A flush holds blocks while it waits for others.
+    FlushHoldsAndWaits,
+    /// A region that closes takes its neighbours' blocks out of the queues, too.
+    CloseTakesNeighbours,
+    /// A pinned block is left out of a flush.
+    PinnedIsNotWritten,
+    /// A prefetch that does not begin at a block is left out.
+    UnalignedPrefetchIsNothing,
+    /// A forked child inherits memory that nobody serves.
+    ChildReadsZeros,
+    /// An error of a store ends the process.
+    ReadErrorIsTheEnd,
+    /// One block is called enough to run.
+    OneBlockIsEnough,
+    /// Blocks are counted from address 0, and not from where the region begins.
+    BlocksOfAddressZero,
+    /// Arguments are not looked at.
+    ArgumentsUnchecked,
+    /// A userfaultfd for each region.
+    UserfaultfdForEach,
+}
+
+#[cfg(feature = "defects")]
+mod switch {
+    use std::collections::HashMap;
+    use std::sync::OnceLock;
+
+    use parking_lot::Mutex;
+    use userfault_uffd::{OpenOptions, Uffd};
+
+    use super::Defect;
+
+    impl Defect {
+        /// All of them, in order.
+        pub const ALL: [Defect; 13] = [
+            Defect::OffsetIgnored,
+            Defect::LeakAtClose,
+            Defect::TailIsStored,
+            Defect::FlushHoldsAndWaits,
+            Defect::CloseTakesNeighbours,
+            Defect::PinnedIsNotWritten,
+            Defect::UnalignedPrefetchIsNothing,
+            Defect::ChildReadsZeros,
+            Defect::ReadErrorIsTheEnd,
+            Defect::OneBlockIsEnough,
+            Defect::BlocksOfAddressZero,
+            Defect::ArgumentsUnchecked,
+            Defect::UserfaultfdForEach,
+        ];
+    }
+
+    /// True if the wrong rule holds in this process.
+    pub fn put_back(defect: Defect) -> bool {
+        static CHOSEN: OnceLock<Option<Defect>> = OnceLock::new();
+        let chosen = CHOSEN.get_or_init(|| {
+            let name = std::env::var("USERFAULT_DEFECT").ok()?;
+            let found = Defect::ALL
+                .into_iter()
+                .find(|one| format!("{one:?}") == name);
+            assert!(found.is_some(), "there is no defect {name}");
+            found
+        });
+        *chosen == Some(defect)
+    }
+
+    static ONE_FOR_EACH: Mutex<Option<HashMap<u32, Uffd>>> = Mutex::new(None);
+
+    /// A descriptor that a region has for itself.
+    pub(crate) fn open_one_for(region: u32) {
+        let one = Uffd::open(&OpenOptions::default()).expect("a userfaultfd for each region");
+        let mut all = ONE_FOR_EACH.lock();
+        all.get_or_insert_default().insert(region, one);
+    }
+
+    /// Gives back what [`open_one_for`] took.
+    pub(crate) fn close_the_one_of(region: u32) {
+        ONE_FOR_EACH.lock().get_or_insert_default().remove(&region);
+    }
+}
+
+#[cfg(not(feature = "defects"))]
+mod switch {
+    use super::Defect;
+
+    /// False: this build has none of them.
+    #[inline(always)]
+    pub(crate) const fn put_back(_: Defect) -> bool {
+        false
+    }
+
+    pub(crate) fn open_one_for(_region: u32) {}
+
+    pub(crate) fn close_the_one_of(_region: u32) {}
+}
+
+#[cfg(feature = "defects")]
+pub use switch::put_back;
+#[cfg(not(feature = "defects"))]
+pub(crate) use switch::put_back;
+pub(crate) use switch::{close_the_one_of, open_one_for};

@@ -138,3 +138,17 @@ def test_a_write_to_a_swapped_out_protected_shmem_page_asks_about_the_protection
     # Not MISSING: the cache holds the page (in swap). The marker brings its protection back: WP.
     assert message == abi.Pagefault(abi.UFFD_PAGEFAULT_FLAG_WRITE | abi.UFFD_PAGEFAULT_FLAG_WP, HERE)
     assert p.run(t.load(HERE, 3)) == b"old"
+
+
+def test_a_copy_whose_source_cannot_be_read_leaves_the_table_it_made() -> None:
+    """So the next touch of the range is not huge any more, and PAGEMAP_SCAN sees a hugetlb hole."""
+    p = process()
+    t = p.calls
+    p.run(t.mmap(HERE, HUGE))
+    p.run(t.madvise(HERE, HUGE, "HUGEPAGE"))
+    fd = p.run(t.userfaultfd())
+    p.run(t.register(fd, HERE, HUGE, abi.UFFDIO_REGISTER_MODE_MISSING))
+    assert p.run(t.copy(fd, HERE, THERE, PAGE)) == abi.Outcome(0, EFAULT)
+    p.run(t.unregister(fd, HERE, HUGE))
+    p.run(t.store(HERE, b"x"))
+    assert p.mm.table.pte_table(HERE) is not None

@@ -150,11 +150,14 @@ NAME = "anon_inode:[userfaultfd]"
 
 
 def try_operation(file: OpenFile, operation: str) -> int:
-    """The errno of another system call on the descriptor: 'write', 'lseek', 'mmap', 'fsync', 'ftruncate'."""
+    """The errno of another system call on the descriptor: 'write', 'lseek', 'pread', 'mmap', 'fsync',
+    'ftruncate'."""
     if operation == "write":
         return EINVAL if file.writable else EBADF
     if operation == "lseek":
-        return ESPIPE  # a stream
+        return 0  # noop_llseek: to position 0, wherever it was asked to go
+    if operation == "pread":
+        return ESPIPE  # an anonymous inode has no FMODE_PREAD
     if operation == "mmap":
         return ENODEV  # userfaultfd_fops has no mmap
     return EINVAL  # nor fsync; ftruncate wants a regular file

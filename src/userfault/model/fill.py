@@ -134,6 +134,7 @@ def fill_range(thread: Thread, ctx: Context, filler: Filler, args: Fill) -> Op[i
                 content = peek(thread.process.mm, args.src + done, vma.page_size)
                 unread_source = content is None and not _refused_unread(filler, mm, vma, args.dst + done)
                 if unread_source:
+                    _table(mm, vma, args.dst + done)
                     break
             error = _fill_page(filler, mm, vma, args.dst + done, content, bool(args.mode & WITH_WP))
             if not error:
@@ -178,15 +179,21 @@ def _cannot_fill(ctx: Context, filler: Filler, vma: Vma, args: Fill) -> int:
 def _fill_page(
     filler: Filler, mm: AddressSpace, vma: Vma, at: int, content: Content | None, protect: bool
 ) -> int:
+    if not vma.hugetlb and type(mm.table.pmd(at)) is Present:  # a huge page is there: be strict
+        return -EEXIST
+    _table(mm, vma, at)
+    fill = filler.huge if vma.hugetlb else filler.small
+    return fill(mm, vma, at, content, protect)
+
+
+def _table(mm: AddressSpace, vma: Vma, at: int) -> None:
+    """Make the page table that the page will stand in; it is there before the source is read."""
     if vma.hugetlb:
         from userfault.model.hugetlb import table_alloc
 
         table_alloc(mm, vma, at)
-        return filler.huge(mm, vma, at, content, protect)
-    if type(mm.table.pmd(at)) is Present:  # a huge page is there: be strict
-        return -EEXIST
-    mm.table.pte_table_alloc(at)
-    return filler.small(mm, vma, at, content, protect)
+    else:
+        mm.table.pte_table_alloc(at)
 
 
 def _refused_unread(filler: Filler, mm: AddressSpace, vma: Vma, at: int) -> bool:

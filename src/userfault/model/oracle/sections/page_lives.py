@@ -86,7 +86,7 @@ def _eof(p: Probe, kind: str) -> None:
     p.see("poison_beyond", uffd.poison(beyond, size))
     p.see("copy_straddle", uffd.copy(DST + size, SRC, 2 * size))
     p.see("wp_beyond", uffd.wp(beyond, size, 1))
-    p.see("post", p.pages(memory, FOUR, cache=1))
+    p.see("post", p.pages(memory, FOUR))
     accessed(p, "read_beyond", uffd, memory, user_read(beyond + 8), "stop")
     accessed(p, "write_beyond", uffd, memory, user_write(DST + 3 * size + 8), "stop")
 

@@ -104,7 +104,7 @@ def _scattered(p: Probe, uffd: Uffd, sizes: tuple[int, ...], *, writable: bool =
 def _pread(p: Probe, uffd: Uffd) -> list[Any]:
     from userfault.model.descriptor import try_operation
 
-    return [-1, errno_name(try_operation(uffd.file, "lseek"))]
+    return [-1, errno_name(try_operation(uffd.file, "pread"))]
 
 
 def _hex_poll(uffd: Uffd) -> list[Any]:

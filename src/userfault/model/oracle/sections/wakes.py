@@ -363,15 +363,18 @@ def _killability(p: Probe) -> None:
     def drop(thread: Thread) -> Op[Any]:
         return madvise(thread, DST, PAGE, "DONTNEED")
 
-    ends = []
+    children = []
     for features, sleeps in ((0, touch), (REMOVE, drop)):
         born = p.call(fork(p.caller, child(features, sleeps)))
         p.settle()
         born.main.kill()
         p.settle()
-        ends.append(born.main.done and not born.exited)
-    p.see("sigterm_kills_faulting_process", _SIGTERM if ends[0] else -1)
-    p.see("sigterm_fatal_default_on_event_waiter_reaped", int(ends[1]))
+        children.append(born)
+    faulting, changing = children
+    killed = faulting.main.done and not faulting.exited
+    p.see("sigterm_kills_faulting_process", _SIGTERM if killed else -1)
+    # The probe reaps the second child without asking how it ended.
+    p.see("sigterm_fatal_default_on_event_waiter_reaped", int(changing.main.done))
 
 
 _SIGTERM = 15

@@ -59,8 +59,8 @@ docs: .venv/.ext .venv/.docs ## build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-soak: .venv/.ext ## the tests that want hours: make soak MINUTES=480
-	USERFAULT_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m soak $(ARGS)
+soak: .venv/.ext ## the tests that want hours, with clean blocks hashed: make soak MINUTES=480
+	USERFAULT_DEBUG=hash USERFAULT_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m soak $(ARGS)
 
 clean: ## remove everything that was built
 	rm -rf .venv target docs/_build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

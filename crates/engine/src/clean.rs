@@ -40,6 +40,27 @@ pub(crate) fn clean(
     blocks: Range<u32>,
     which: Which,
 ) -> Result<(), Error> {
+    clean_for(engine, body, blocks, which, false)
+}
+
+/// As [`clean`], for nobody who waits: an error is kept for the next flush before anybody else can have the
+/// block that it was met with.
+pub(crate) fn clean_behind(
+    engine: &Engine,
+    body: &Body,
+    blocks: Range<u32>,
+    which: Which,
+) -> Result<(), Error> {
+    clean_for(engine, body, blocks, which, true)
+}
+
+fn clean_for(
+    engine: &Engine,
+    body: &Body,
+    blocks: Range<u32>,
+    which: Which,
+    behind: bool,
+) -> Result<(), Error> {
     let mut next = blocks.start;
     while next < blocks.end {
         let held = hold(body, next..blocks.end, which);
@@ -47,7 +68,7 @@ pub(crate) fn clean(
             return Ok(());
         };
         next = last.block + 1;
-        write_back(engine, body, &held)?;
+        write_back(engine, body, &held, behind)?;
     }
     Ok(())
 }
@@ -102,7 +123,7 @@ fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
     held
 }
 
-fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> {
+fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Result<(), Error> {
     let page = body.memory.page();
     let pages = body.pages(held[0].block).start..body.pages(held[held.len() - 1].block).end;
     for run in held
@@ -153,8 +174,11 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held]) -> Result<(), Error> 
     for run in runs {
         table.home.insert(run);
     }
-    if result.is_err() {
+    if let Err(error) = &result {
         add(&body.counters.errors, 1);
+        if behind {
+            table.pending = Some(error.clone());
+        }
     }
     let mut waited = Vec::new();
     for held in held {
@@ -188,6 +212,8 @@ pub(crate) fn flush(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<
     let met = body.lock().pending.take();
     let cleaned = clean(engine, body, blocks, Which::All);
     let synced = cleaned.and_then(|()| sync(body));
+    // It may have met one while this flush waited for its blocks.
+    let met = met.or(body.lock().pending.take());
     // What failed in the background has been tried again just now. It is raised all the same, once: the
     // program may want to know that its store refuses writes.
     synced.and(met.map_or(Ok(()), Err))

@@ -63,10 +63,7 @@ impl Drain {
                     } else {
                         Which::Resting
                     };
-                    if let Err(error) = clean::clean(engine, &body, 0..blocks, which) {
-                        body.lock().pending = Some(error);
-                        failed = true;
-                    }
+                    failed |= clean::clean_behind(engine, &body, 0..blocks, which).is_err();
                 }
             }
             if full {

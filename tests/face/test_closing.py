@@ -42,6 +42,26 @@ def test_close_is_refused_while_arrays_or_views_live_and_changes_nothing(path: P
     assert path.read_bytes()[5] == 1
 
 
+def bytes_in_memory() -> int:
+    """What the shared memory of all regions of this process takes, mapped or not."""
+    taken = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if "(deleted)" in os.readlink(link):
+                taken += link.stat().st_blocks * 512
+    return taken
+
+
+@pytest.mark.parametrize("block", ["64KiB", "2MiB"])
+def test_a_closed_region_holds_no_memory_as_long_as_somebody_holds_it(block: str) -> None:
+    before = bytes_in_memory()
+    with userfault.open(MemoryStore(8 << 20), "r+", block=block) as region:
+        region.ndarray("u1")[:] = 1
+        assert bytes_in_memory() >= before + (8 << 20)
+    assert region.closed
+    assert bytes_in_memory() == before
+
+
 def test_a_closed_region_answers_like_a_closed_file(path: Path) -> None:
     region = userfault.open(path, "r+")
     region.close()

@@ -425,10 +425,14 @@ impl Memory {
             .expect("replacing a mapping by PROT_NONE");
     }
 
-    /// Gives back the view and its pages. The user's mapping must be sealed.
+    /// Gives back the view and all pages. The user's mapping must be sealed.
     pub fn drop_view(&self) {
         if self.shared() {
             unmap(self.view, self.len);
+        }
+        if let Some(file) = &self.file {
+            // The file itself lives as long as somebody holds the closed region; its pages must not.
+            let _ = file.set_len(0);
         }
     }
 

@@ -13,7 +13,7 @@ use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::fill::NO_ROOM_FOR;
-use crate::pool::Queue;
+use crate::policy::Queue;
 use crate::workers::Lead;
 
 /// The largest piece that is copied at once, bytes.

@@ -12,7 +12,7 @@ use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::kernel::record;
-use crate::pool::Queue;
+use crate::policy::Queue;
 use crate::room::claim_victim;
 use crate::stats::add;
 use crate::workers::Lead;
@@ -41,9 +41,9 @@ fn unmap(engine: &Engine, body: &Body, block: u32) {
         drop(table);
         engine.seat(body, block, Queue::Resting);
     } else {
-        let evictions = engine.pool_of(body).evictions();
         let mut table = body.lock();
-        table.set_ghost(block, evictions.max(1));
+        let memo = engine.pool_of(body).left(table.memo(block));
+        table.set_memo(block, memo);
         waited = body.release(&mut table, block, State::Absent);
         let idle = table.hold_idle_span(block);
         drop(table);
@@ -103,9 +103,9 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
     body.memory
         .punch(start, len)
         .expect("punching the region's own memory");
-    let evictions = engine.pool_of(body).evictions();
     let mut table = body.lock();
-    table.set_ghost(block, evictions.max(1));
+    let memo = engine.pool_of(body).left(table.memo(block));
+    table.set_memo(block, memo);
     let waited = body.release(&mut table, block, State::Absent);
     let idle = table.hold_idle_span(block);
     drop(table);

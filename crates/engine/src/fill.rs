@@ -16,7 +16,7 @@ use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::poison;
-use crate::pool::Queue;
+use crate::policy::Queue;
 use crate::readahead::{LONGEST_WINDOW, WINDOW_SHARE, Window};
 use crate::staging;
 use crate::stats::add;
@@ -197,10 +197,12 @@ impl Engine {
     fn map_resting(&self, body: &Arc<Body>, block: u32, touch: &Touch) {
         self.map_pages(body, block);
         let mut table = body.lock();
+        let memo = self.pool_of(body).came_back(table.memo(block));
+        table.set_memo(block, memo);
         let waited = body.release(&mut table, block, State::Resident);
         drop(table);
         add(&body.counters.hits, 1);
-        self.seat(body, block, Queue::Main);
+        self.seat(body, block, Queue::Mapped(memo.rank()));
         self.pool_of(body)
             .given(touch.thread, body.seat(block), self.now_ms());
         if waited {
@@ -213,9 +215,15 @@ impl Engine {
 
     /// Maps a resting block that was claimed for Map, on behalf of nobody who sleeps on it.
     pub(crate) fn bring_back(&self, body: &Arc<Body>, block: u32) {
+        let memo = {
+            let mut table = body.lock();
+            let memo = self.pool_of(body).came_back(table.memo(block));
+            table.set_memo(block, memo);
+            memo
+        };
         self.map_in_memory(body, block);
         add(&body.counters.hits, 1);
-        self.seat(body, block, Queue::Main);
+        self.seat(body, block, Queue::Mapped(memo.rank()));
     }
 
     /// Maps what is missing of a resident block, whose pages are in memory.
@@ -396,7 +404,8 @@ impl Engine {
         match &tried {
             Tried::Mapped => {
                 let mut table = body.lock();
-                let early = self.pool_of(body).too_early(table.ghost(block));
+                let memo = self.pool_of(body).brought_in(table.memo(block));
+                table.set_memo(block, memo);
                 if !self.tracks(body) && body.writable() {
                     // No evidence of writes on this kernel: what is mapped writable counts as dirty.
                     table.mark_dirty(body.pages(block));
@@ -409,11 +418,7 @@ impl Engine {
                     self.wake(body, block);
                 }
                 self.settle_tables(body);
-                self.seat(
-                    body,
-                    block,
-                    if early { Queue::Main } else { Queue::Probation },
-                );
+                self.seat(body, block, Queue::Mapped(memo.rank()));
                 self.pool_of(body)
                     .given(filling.thread, body.seat(block), self.now_ms());
             }

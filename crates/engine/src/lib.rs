@@ -10,7 +10,8 @@
 //! | `block` | the states of a block and the answers to faults, as pure functions |
 //! | `table`, `dirty` | where every block of a region is, and which pages differ from their home |
 //! | `workers`, `fill` | threads that read messages; what a fault means; bringing blocks in |
-//! | `pool`, `room`, `limit` | who is in memory, under which limit, who leaves next |
+//! | `policy` | who leaves memory next: pure, and run by the simulator in `sim/` |
+//! | `pool`, `room`, `limit` | who is in memory, under which limit, and that everybody gets on |
 //! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
 //! | `clock`, `poison` | deadlines, and blocks that could not be had |
 //! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
@@ -56,6 +57,7 @@ pub mod limit;
 mod memory;
 mod pin;
 mod poison;
+pub mod policy;
 pub mod pool;
 mod prefetch;
 mod raw_read;

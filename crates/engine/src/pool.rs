@@ -1,21 +1,18 @@
-//! Residency: who is in memory, under which limit, and who leaves next.
+//! Residency: what a limit pays for, and that everybody gets on.
 //!
-//! A pool is a limit with three queues. New blocks are on *probation*; a block that came back from
-//! resting, or soon after its eviction, is in *main*; a block that was unmapped *rests* for a while and
-//! is then released. The choice of the next victim is [`PoolState::choose`], a pure function of the
-//! queues: it sees no clock and no region.
-//!
-//! Queue entries are hints. A block that left in another way leaves its entry behind, and whoever takes
-//! an entry checks the block's state. The lock is a leaf: nothing else is taken while it is held.
+//! A pool is a limit with the queues of the blocks that it pays for. Who leaves next is the [`Policy`]'s answer,
+//! which knows nothing of limits and threads; that whoever faults gets on when memory is short is this file's
+//! matter. The lock is a leaf: nothing else is taken while it is held.
 //!
 //! When memory is short, faulting threads take turns ([`Turn`]): one instruction can need four blocks at
 //! once, and a block that is taken away before its thread has moved on makes no progress for anybody.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 
 use parking_lot::Mutex;
 
 use crate::defects::{Defect, put_back};
+use crate::policy::{Memo, Policy, Queue, Seat};
 
 /// Blocks that one instruction may need at once: a copy whose both ends straddle two blocks.
 pub const BLOCKS_TO_RUN: usize = 4;
@@ -29,27 +26,6 @@ const ACTIVE_MS: u32 = 100;
 
 /// Threads that are remembered before those that stopped are forgotten.
 const MOST_ACTIVE: usize = 1024;
-
-/// The share of the limit that may rest, and that is kept for blocks on probation: a tenth each
-/// (`docs/explanation/architecture.md`, decision 5).
-const SHARE: u64 = 10;
-
-/// A block of a region, as the queues name it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Seat {
-    /// The region's number.
-    pub region: u32,
-    /// The block's number in it.
-    pub block: u32,
-}
-
-/// A seat with the moment it was taken.
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    seat: Seat,
-    at: u32,
-    bytes: u32,
-}
 
 /// The thread whose turn it is while memory is short.
 #[derive(Debug, Clone)]
@@ -70,17 +46,6 @@ pub enum Victim {
     NotNow,
 }
 
-/// Which queue a block joins.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Queue {
-    /// New.
-    Probation,
-    /// Known to be used again.
-    Main,
-    /// Unmapped, still in memory.
-    Resting,
-}
-
 /// The queues of a pool.
 #[derive(Debug, Default)]
 pub struct PoolState {
@@ -93,12 +58,7 @@ pub struct PoolState {
     /// Block sizes of the regions in the pool, with their numbers: the largest one says what is the
     /// smallest limit that can work.
     sizes: BTreeMap<u64, usize>,
-    probation: VecDeque<Entry>,
-    main: VecDeque<Entry>,
-    resting: VecDeque<Entry>,
-    probation_bytes: u64,
-    resting_bytes: u64,
-    evictions: u32,
+    policy: Policy,
     turn: Option<Turn>,
     /// When each thread was last given a block, for those that were given one lately.
     threads: HashMap<u32, u32>,
@@ -130,55 +90,31 @@ impl PoolState {
 
     /// Chooses who leaves, for a fault of `thread` at time `now` (milliseconds).
     ///
-    /// Resting blocks leave first when they take more than their share, or when nothing else can.
-    /// Otherwise probation gives while it has more than its share, then main. `passed` resting blocks have
-    /// been named in vain by now, for this fault: when those are all, blocks leave that are mapped, or
-    /// else blocks that cannot be written back would keep the clean ones from leaving.
+    /// `passed` resting blocks have been named in vain by now, for this fault: when those are all, blocks leave
+    /// that are mapped, or else blocks that cannot be written back would keep the clean ones from leaving.
     pub fn choose(&mut self, thread: u32, now: u32, passed: usize) -> Victim {
-        let resting_share = self.effective() / SHARE;
-        let stuck = passed >= self.resting.len();
-        let unmapped = self.probation.is_empty() && self.main.is_empty();
-        if unmapped && stuck {
+        let stuck = passed >= self.policy.resting();
+        let Some(queue) = self.policy.next(self.effective(), stuck) else {
             return Victim::NotNow;
-        }
-        if !stuck && (self.resting_bytes > resting_share || unmapped) {
-            return match self.resting.pop_front() {
-                Some(entry) => {
-                    self.resting_bytes -= u64::from(entry.bytes);
-                    self.evictions = self.evictions.wrapping_add(1).max(1);
-                    Victim::Release(entry.seat)
-                }
-                None => Victim::NotNow,
-            };
-        }
-        let from_probation = self.main.is_empty()
-            || (self.probation_bytes > self.effective() / SHARE && !self.probation.is_empty());
-        let young = |entry: Option<&Entry>| {
-            entry.is_some_and(|entry| now.wrapping_sub(entry.at) < GRACE_MS)
         };
-        let front = if from_probation {
-            self.probation.front()
-        } else {
-            self.main.front()
-        };
-        if young(front) && self.short(now) {
+        let young = self
+            .policy
+            .front(queue)
+            .is_some_and(|entry| now.wrapping_sub(entry.at) < GRACE_MS);
+        if queue != Queue::Resting && young && self.short(now) {
             return self.choose_by_turn(thread, now);
         }
-        let entry = if from_probation {
-            self.probation.pop_front()
-        } else {
-            self.main.pop_front()
-        };
-        let entry = entry.expect("the queue was seen not to be empty");
-        if from_probation {
-            self.probation_bytes -= u64::from(entry.bytes);
+        let seat = self.policy.take(queue).map(|entry| entry.seat);
+        match (queue, seat) {
+            (Queue::Resting, Some(seat)) => Victim::Release(seat),
+            (Queue::Mapped(_), Some(seat)) => Victim::Zap(seat),
+            (_, None) => Victim::NotNow,
         }
-        Victim::Zap(entry.seat)
     }
 
     /// True if the blocks in memory are too few for every thread that faults to have its four.
     fn short(&mut self, now: u32) -> bool {
-        let blocks = self.probation.len() + self.main.len();
+        let blocks = self.policy.mapped();
         if blocks <= BLOCKS_TO_RUN * (self.threads.len() + 1) {
             self.threads
                 .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
@@ -215,34 +151,9 @@ impl PoolState {
             .as_ref()
             .map(|turn| turn.seats.clone())
             .unwrap_or_default();
-        for (queue, probation) in [(&mut self.probation, true), (&mut self.main, false)] {
-            if let Some(index) = queue
-                .iter()
-                .take(64)
-                .position(|entry| !kept.contains(&entry.seat))
-            {
-                let entry = queue.remove(index).expect("the index was just found");
-                if probation {
-                    self.probation_bytes -= u64::from(entry.bytes);
-                }
-                return Victim::Zap(entry.seat);
-            }
-        }
-        Victim::NotNow
-    }
-
-    fn push(&mut self, queue: Queue, entry: Entry) {
-        match queue {
-            Queue::Probation => {
-                self.probation_bytes += u64::from(entry.bytes);
-                self.probation.push_back(entry);
-            }
-            Queue::Main => self.main.push_back(entry),
-            Queue::Resting => {
-                self.resting_bytes += u64::from(entry.bytes);
-                self.resting.push_back(entry);
-            }
-        }
+        self.policy
+            .take_mapped(64, |seat| !kept.contains(&seat))
+            .map_or(Victim::NotNow, |entry| Victim::Zap(entry.seat))
     }
 }
 
@@ -336,30 +247,27 @@ impl Pool {
         self.state.lock().choose(thread, now, passed)
     }
 
-    /// How often something has been released; the clock of ghosts.
-    pub fn evictions(&self) -> u32 {
-        self.state.lock().evictions
+    /// A block is brought in: its new memo, whose rank says which queue it joins.
+    pub fn brought_in(&self, memo: Memo) -> Memo {
+        self.state.lock().policy.brought_in(memo)
     }
 
-    /// True if a block that was evicted at `ghost` came back so soon that it should have stayed: fewer
-    /// blocks have left since than are in main memory.
-    pub fn too_early(&self, ghost: u32) -> bool {
-        let state = self.state.lock();
-        ghost != 0
-            && state.evictions.wrapping_sub(ghost) as usize
-                <= state.main.len() + state.probation.len()
+    /// A resting block is mapped again: its new memo.
+    pub fn came_back(&self, memo: Memo) -> Memo {
+        self.state.lock().policy.came_back(memo)
+    }
+
+    /// A block has left memory: its new memo.
+    pub fn left(&self, memo: Memo) -> Memo {
+        self.state.lock().policy.left(memo)
     }
 
     /// Puts a block that was just mapped or unmapped into a queue.
     pub fn seat(&self, queue: Queue, seat: Seat, bytes: usize, now: u32) {
-        self.state.lock().push(
-            queue,
-            Entry {
-                seat,
-                at: now,
-                bytes: bytes as u32,
-            },
-        );
+        self.state
+            .lock()
+            .policy
+            .join(queue, seat, bytes as u32, now);
     }
 
     /// Notes that `thread` was given a block, if it is its turn.
@@ -408,61 +316,27 @@ impl Pool {
 
     /// Forgets every entry of a region that is closed.
     pub fn forget(&self, region: u32) {
-        let mut state = self.state.lock();
-        let state = &mut *state;
-        for queue in [&mut state.probation, &mut state.main, &mut state.resting] {
-            queue.retain(|entry| {
-                entry.seat.region != region && !put_back(Defect::CloseTakesNeighbours)
-            });
-        }
-        state.probation_bytes = state
-            .probation
-            .iter()
-            .map(|entry| u64::from(entry.bytes))
-            .sum();
-        state.resting_bytes = state
-            .resting
-            .iter()
-            .map(|entry| u64::from(entry.bytes))
-            .sum();
+        self.state
+            .lock()
+            .policy
+            .forget(|seat| seat.region == region || put_back(Defect::CloseTakesNeighbours));
     }
 
     /// Entries in all queues: stale ones are swept when there are many more of them than blocks.
     pub fn entries(&self) -> usize {
         let state = self.state.lock();
-        state.probation.len() + state.main.len() + state.resting.len()
+        state.policy.mapped() + state.policy.resting()
     }
 
     /// Keeps the entries that `keep` recognises.
     pub fn sweep(&self, mut keep: impl FnMut(Seat, Queue) -> bool) {
         // The check needs the regions' locks, which come before this one: take the queues out first.
-        let taken = {
-            let mut state = self.state.lock();
-            state.probation_bytes = 0;
-            state.resting_bytes = 0;
-            let state = &mut *state;
-            [
-                (Queue::Probation, std::mem::take(&mut state.probation)),
-                (Queue::Main, std::mem::take(&mut state.main)),
-                (Queue::Resting, std::mem::take(&mut state.resting)),
-            ]
-        };
-        let kept: Vec<(Queue, Vec<Entry>)> = taken
-            .into_iter()
-            .map(|(queue, entries)| {
-                (
-                    queue,
-                    entries
-                        .into_iter()
-                        .filter(|entry| keep(entry.seat, queue))
-                        .collect::<Vec<_>>(),
-                )
-            })
-            .collect();
-        let mut state = self.state.lock();
-        for (queue, entries) in kept {
+        let taken = self.state.lock().policy.take_all();
+        for (queue, entries) in taken {
             for entry in entries {
-                state.push(queue, entry);
+                if keep(entry.seat, queue) {
+                    self.state.lock().policy.put_back(queue, entry);
+                }
             }
         }
     }
@@ -471,6 +345,7 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Rank;
 
     fn seat(block: u32) -> Seat {
         Seat { region: 0, block }
@@ -492,11 +367,11 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_on_probation_leaves_first_and_rests_before_it_is_released() {
+    fn the_oldest_new_block_leaves_first_and_rests_before_it_is_released() {
         let pool = pool(10);
         for block in 0..10 {
             assert!(pool.reserve(1));
-            pool.seat(Queue::Probation, seat(block), 1, 0);
+            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 0);
         }
         assert_eq!(pool.choose(1, 100, 0), Victim::Zap(seat(0)));
         pool.seat(Queue::Resting, seat(0), 1, 100);
@@ -510,32 +385,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_known_to_be_used_again_outlives_a_sweep() {
-        let pool = pool(100);
-        for block in 0..50 {
-            pool.seat(Queue::Main, seat(block), 1, 0);
-        }
-        for block in 50..1000 {
-            pool.seat(Queue::Probation, seat(block), 1, 0);
-            if block >= 100 {
-                match pool.choose(1, 100, 0) {
-                    Victim::Zap(out) => {
-                        assert!(out.block >= 50);
-                        pool.seat(Queue::Resting, out, 1, 100);
-                    }
-                    Victim::Release(out) => assert!(out.block >= 50),
-                    Victim::NotNow => panic!("there is always somebody"),
-                }
-            }
-        }
-    }
-
-    #[test]
     fn when_all_blocks_are_young_only_one_thread_takes_and_keeps_what_it_was_given() {
         let pool = pool(4);
         for block in 0..4 {
             assert!(pool.reserve(1));
-            pool.seat(Queue::Probation, seat(block), 1, 100);
+            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 100);
         }
         pool.wait(true);
         pool.wait(true);
@@ -545,7 +399,7 @@ mod tests {
                 panic!("thread 7 has the turn")
             };
             assert!(!kept.contains(&out));
-            pool.seat(Queue::Probation, seat(new), 1, 101);
+            pool.seat(Queue::Mapped(Rank::New), seat(new), 1, 101);
             pool.given(7, seat(new), 101);
             kept.push(seat(new));
             if new < 13 {

@@ -16,7 +16,8 @@ use crate::error::Error;
 use crate::evict;
 use crate::limit::{CGROUP_MARGIN, Cgroup};
 use crate::memory::Kind;
-use crate::pool::{Pool, Queue, Seat, Victim};
+use crate::policy::{Queue, Rank, Seat};
+use crate::pool::{Pool, Victim};
 use crate::workers::Lead;
 
 /// A shrinking limit gives up when nothing has left memory for so long.
@@ -356,7 +357,8 @@ pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State
         let queue = if from == State::Resting {
             Queue::Resting
         } else {
-            Queue::Main
+            // It is in use, whatever else is known of it.
+            Queue::Mapped(Rank::Proven)
         };
         engine.seat(body, block, queue);
     }

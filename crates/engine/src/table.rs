@@ -12,6 +12,7 @@ use crate::block::{self, Purpose, State};
 use crate::dirty::DirtyMap;
 use crate::error::Error;
 use crate::fill::Filling;
+use crate::policy::Memo;
 
 /// Somebody faulted on the block while it was owned: wake it at the end.
 const WAITED: u8 = 1;
@@ -50,8 +51,8 @@ pub struct Pins {
 pub struct Table {
     state: Vec<u8>,
     flags: Vec<u8>,
-    /// For each absent block, the pool's eviction number when it left (0: never evicted).
-    ghosts: Vec<u32>,
+    /// What the policy remembers of each block, as the number of a [`Memo`].
+    memos: Vec<u32>,
     /// Blocks of each span that are not absent: a span that has none needs no page table.
     spans: Vec<u16>,
     blocks_per_span: usize,
@@ -111,7 +112,7 @@ impl Table {
             spans_used: 0,
             state: vec![0; blocks],
             flags: vec![0; blocks],
-            ghosts: vec![0; blocks],
+            memos: vec![0; blocks],
             pins: HashMap::new(),
             home: DirtyMap::new(pages),
             unsynced: DirtyMap::new(pages),
@@ -278,12 +279,12 @@ impl Table {
         !self.given_up.is_empty() && self.given_up.remove(&block)
     }
 
-    pub(crate) fn ghost(&self, block: u32) -> u32 {
-        self.ghosts[block as usize]
+    pub(crate) fn memo(&self, block: u32) -> Memo {
+        Memo::from_number(self.memos[block as usize])
     }
 
-    pub(crate) fn set_ghost(&mut self, block: u32, evictions: u32) {
-        self.ghosts[block as usize] = evictions;
+    pub(crate) fn set_memo(&mut self, block: u32, memo: Memo) {
+        self.memos[block as usize] = memo.number();
     }
 
     /// True if nobody uses the memory, nor may a read that was given up still come back to it.

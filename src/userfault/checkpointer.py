@@ -186,6 +186,11 @@ class _Notifier:
                     following.append(point)
             following = [point for point in following if not point._look()]
 
+    def after_fork(self) -> None:
+        """In the child: a lock that somebody held is nobody's to release."""
+        self._lock = threading.Lock()
+        self._thread = None
+
     def stop(self) -> None:
         with self._lock:
             thread, self._thread = self._thread, None
@@ -196,6 +201,7 @@ class _Notifier:
 
 
 _notifier = _Notifier()
+os.register_at_fork(after_in_child=_notifier.after_fork)
 _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
@@ -233,6 +239,7 @@ class Checkpointer(_native.Checkpointer):
     """
 
     _directory: str
+    _process: int
     _held: list[object]
     _max_to_keep: int | None
     _closed: bool
@@ -285,6 +292,7 @@ class Checkpointer(_native.Checkpointer):
             timeout=timeout,
         )
         self._directory = os.fspath(directory)
+        self._process = os.getpid()
         self._held = [each.owner for each in found.values()]
         self._max_to_keep = max_to_keep
         self._closed = False
@@ -359,7 +367,8 @@ class Checkpointer(_native.Checkpointer):
 
         Raises what made a save fail since somebody was told.
         """
-        if self._closed:
+        if self._closed or self._process != os.getpid():
+            # A forked child has a copy of the arrays and none of the threads: there is nothing to finish.
             return
         self._closed = True
         _open.discard(self)
@@ -391,7 +400,10 @@ class Checkpointer(_native.Checkpointer):
                 self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"last finished step {self.latest_step()}"
+        if self._process != os.getpid():
+            state = "of the parent process"
+        else:
+            state = "closed" if self._closed else f"last finished step {self.latest_step()}"
         return f"<userfault.Checkpointer {self._directory!r}, {state}>"
 
 

@@ -113,12 +113,15 @@ impl Checkpointer {
     }
 
     /// Finished points, oldest first: step, seconds since 1970.
-    fn _points(&self) -> Vec<(u64, f64)> {
-        self.inner
+    fn _points(&self, py: Python<'_>) -> PyResult<Vec<(u64, f64)>> {
+        let points = self
+            .inner
             .points()
+            .map_err(|error| errors::snapshot_error(py, &error))?;
+        Ok(points
             .iter()
             .map(|point| (point.step, point.time))
-            .collect()
+            .collect())
     }
 
     /// Waits until nothing is under way; False if that takes longer than timeout seconds.

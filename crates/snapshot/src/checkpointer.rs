@@ -176,8 +176,11 @@ impl Checkpointer {
     }
 
     /// The points that are finished, oldest first.
-    pub fn points(&self) -> Vec<PointSummary> {
-        self.shared.state.lock().points.clone()
+    pub fn points(&self) -> Result<Vec<PointSummary>, Error> {
+        if self.generation != generation() {
+            return Err(Error::Forked);
+        }
+        Ok(self.shared.state.lock().points.clone())
     }
 
     /// Waits until everything asked for is done; fails with what failed meanwhile, once. `None`: it is not
@@ -237,6 +240,10 @@ impl Checkpointer {
 
     /// True once the threads have ended.
     pub fn ended(&self, at_most: Duration) -> bool {
+        if self.generation != generation() {
+            // The threads are the parent's; a child has none.
+            return true;
+        }
         let until = Instant::now() + at_most;
         let mut state = self.shared.state.lock();
         while !state.ended

@@ -1,18 +1,14 @@
 //! A point on its way: what save() returns.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use userfault_engine::generation;
 
 use crate::error::Error;
 
-#[derive(Debug, Default)]
-struct State {
-    outcome: Option<Result<(), Error>>,
-    stall: Duration,
-    extra_bytes: usize,
-}
+type Outcome = Option<Result<(), Error>>;
 
 /// A point that is being saved, or that has been, or that has failed.
 #[derive(Debug)]
@@ -20,7 +16,12 @@ pub struct Point {
     step: u64,
     /// For each array, how it was followed.
     method: Vec<(String, &'static str)>,
-    state: Mutex<State>,
+    outcome: Mutex<Outcome>,
+    /// Nanoseconds.
+    stall: AtomicU64,
+    extra_bytes: AtomicUsize,
+    /// The process whose it is. A child that forked meanwhile may have inherited a held lock.
+    generation: u32,
     changed: Condvar,
     /// Bytes looked at so far.
     pub(crate) done_bytes: AtomicU64,
@@ -33,7 +34,10 @@ impl Point {
         Point {
             step,
             method,
-            state: Mutex::default(),
+            outcome: Mutex::default(),
+            stall: AtomicU64::new(0),
+            extra_bytes: AtomicUsize::new(0),
+            generation: generation(),
             changed: Condvar::new(),
             done_bytes: AtomicU64::new(0),
             total_bytes: AtomicU64::new(0),
@@ -52,12 +56,12 @@ impl Point {
 
     /// How long save() kept its caller.
     pub fn stall(&self) -> Duration {
-        self.state.lock().stall
+        Duration::from_nanos(self.stall.load(Ordering::Relaxed))
     }
 
     /// Staging memory that was in use at most, bytes.
     pub fn extra_bytes(&self) -> usize {
-        self.state.lock().extra_bytes
+        self.extra_bytes.load(Ordering::Relaxed)
     }
 
     /// Bytes looked at so far, and in all.
@@ -66,35 +70,40 @@ impl Point {
         (self.done_bytes.load(Ordering::Relaxed).min(total), total)
     }
 
-    /// The outcome, once there is one.
+    /// The outcome, once there is one. In a forked child it is always that it was forked.
     pub fn outcome(&self) -> Option<Result<(), Error>> {
-        self.state.lock().outcome.clone()
+        if self.generation != generation() {
+            return Some(Err(Error::Forked));
+        }
+        self.outcome.lock().clone()
     }
 
     /// Waits for the outcome, at most so long.
     pub fn wait(&self, at_most: Duration) -> Option<Result<(), Error>> {
         let until = Instant::now() + at_most.min(Duration::from_secs(1 << 30));
-        let mut state = self.state.lock();
-        while state.outcome.is_none() && !self.changed.wait_until(&mut state, until).timed_out() {}
-        state.outcome.clone()
+        if self.generation != generation() {
+            return Some(Err(Error::Forked));
+        }
+        let mut outcome = self.outcome.lock();
+        while outcome.is_none() && !self.changed.wait_until(&mut outcome, until).timed_out() {}
+        outcome.clone()
     }
 
     pub(crate) fn stalled(&self, stall: Duration) {
-        self.state.lock().stall = stall;
+        self.stall.store(stall.as_nanos() as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn used(&self, extra_bytes: usize) {
-        let mut state = self.state.lock();
-        state.extra_bytes = state.extra_bytes.max(extra_bytes);
+        self.extra_bytes.fetch_max(extra_bytes, Ordering::Relaxed);
     }
 
     /// Sets the outcome; the first one counts. True if this was it.
     pub(crate) fn end(&self, outcome: Result<(), Error>) -> bool {
-        let mut state = self.state.lock();
-        if state.outcome.is_some() {
+        let mut state = self.outcome.lock();
+        if state.is_some() {
             return false;
         }
-        state.outcome = Some(outcome);
+        *state = Some(outcome);
         self.changed.notify_all();
         true
     }

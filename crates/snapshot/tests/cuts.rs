@@ -275,7 +275,7 @@ fn a_full_disk_while_old_segments_are_gathered_does_not_fail_the_saves_after_it(
     ck.save(Some(100), "null".into()).unwrap();
     settle(&ck).unwrap();
     assert!(read(&folder.0, 100, 0) == memory.bytes());
-    assert!(ck.points().last().unwrap().segments.len() <= 64);
+    assert!(ck.points().unwrap().last().unwrap().segments.len() <= 64);
     assert_eq!(verify(&folder.0, None, &mut |_| true).unwrap().damage, []);
 }
 
@@ -289,7 +289,7 @@ fn a_damaged_old_segment_that_is_gathered_fails_one_point_and_is_saved_anew_from
     for step in 0..70usize {
         memory.bytes()[step * 4096..][..4096].fill(step as u8 + 2);
         if step == 40 {
-            let first = ck.points()[2].segment;
+            let first = ck.points().unwrap()[2].segment;
             let path = folder.0.join(format!("segment-{first:010}"));
             let mut bytes = std::fs::read(&path).unwrap();
             bytes[4096 + 77] ^= 1;

@@ -187,6 +187,7 @@ fn rewriting_equal_bytes_costs_nothing() {
     settle(&checkpointer).unwrap();
     let sizes: Vec<u64> = checkpointer
         .points()
+        .unwrap()
         .iter()
         .map(|point| {
             let name = format!("segment-{:010}", point.segment);
@@ -268,7 +269,7 @@ fn every_call_on_a_file_may_fail_and_the_points_before_and_after_are_whole() {
                 point.wait(Duration::from_secs(60)).unwrap().unwrap();
             }
             let _ = settle(&checkpointer);
-            for point in checkpointer.points() {
+            for point in checkpointer.points().unwrap() {
                 let copy = &copies
                     .iter()
                     .find(|(step, _)| *step == point.step)
@@ -279,7 +280,7 @@ fn every_call_on_a_file_may_fail_and_the_points_before_and_after_are_whole() {
             let verified = verify(&folder.0, None, &mut |_| true).unwrap();
             assert_eq!(verified.damage, [], "{op:?} {which}");
             assert!(
-                checkpointer.points().last().unwrap().step >= 6,
+                checkpointer.points().unwrap().last().unwrap().step >= 6,
                 "{op:?} {which}"
             );
             checkpointer.close();
@@ -340,6 +341,7 @@ fn a_store_that_hangs_fails_the_point_and_the_writer_goes_on() {
     assert!(read(&folder.0, 1, 0).iter().all(|byte| *byte == 1));
     let steps: Vec<u64> = checkpointer
         .points()
+        .unwrap()
         .iter()
         .map(|point| point.step)
         .collect();

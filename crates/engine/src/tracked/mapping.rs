@@ -9,6 +9,7 @@ use userfault_uffd::Scan;
 use userfault_uffd::abi::{PAGE_IS_HUGE, PAGE_IS_PRESENT, page_region};
 
 use crate::engine::Engine;
+use crate::memory::small_page;
 
 /// Why memory cannot be tracked in place.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,8 +84,11 @@ pub fn trackable(range: Range<usize>) -> Result<(), Untrackable> {
 
 /// True if something is mapped everywhere in a range.
 pub fn mapped(start: usize, len: usize) -> bool {
+    // It takes whole pages only.
+    let page = small_page();
+    let (from, to) = (start / page * page, (start + len).next_multiple_of(page));
     // SAFETY: msync with MS_ASYNC does nothing to memory; it answers ENOMEM where nothing is mapped.
-    unsafe { libc::msync(start as *mut libc::c_void, len, libc::MS_ASYNC) == 0 }
+    unsafe { libc::msync(from as *mut libc::c_void, to - from, libc::MS_ASYNC) == 0 }
 }
 
 /// The bytes of a range that lie on huge pages.

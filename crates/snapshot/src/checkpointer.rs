@@ -136,7 +136,6 @@ impl Checkpointer {
             .map_err(|error| Error::Memory(format!("no address space for staging: {error}")))?;
         let state = State {
             points: manifest.points.clone(),
-            last_step: manifest.points.last().map(|point| point.step),
             ..State::default()
         };
         let shared = Arc::new(Shared::new(

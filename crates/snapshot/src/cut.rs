@@ -39,7 +39,7 @@ impl Checkpointer {
                     return Err(error);
                 }
             }
-            let step = match (step, state.last_step) {
+            let step = match (step, state.last_step()) {
                 (Some(step), Some(last)) if step <= last => {
                     return Err(Error::Invalid(format!(
                         "step {step} does not come after step {last}, the last one saved"
@@ -83,8 +83,6 @@ impl Checkpointer {
             job.cancel(error);
             shared.take_back(&job);
             shared.end(&job, Err(job.reason()));
-        } else {
-            shared.state.lock().last_step = Some(job.point.step());
         }
         job.end_of_cut();
         hand_over();

@@ -16,6 +16,15 @@ const MOST_SEGMENTS: usize = 64;
 impl Saver {
     /// Writes the index and lets the manifest name the point.
     pub fn publish(&mut self, job: &Job) -> Result<(), Error> {
+        if let Some(last) = self.manifest.points.last()
+            && last.step >= job.point.step()
+        {
+            // A save that was given up came to its end after all, and a later one was given its number.
+            return Err(Error::Invalid(format!(
+                "a point of step {} was finished meanwhile",
+                last.step
+            )));
+        }
         self.segment()?;
         self.consolidate()?;
         let shared = self.shared.clone();

@@ -54,7 +54,15 @@ pub struct State {
     pub busy: bool,
     pub closing: bool,
     pub ended: bool,
-    pub last_step: Option<u64>,
+}
+
+impl State {
+    /// The number of the last point that is finished or under way. One that failed is no point.
+    pub fn last_step(&self) -> Option<u64> {
+        let finished = self.points.last().map(|point| point.step);
+        let under_way = self.active.iter().map(|job| job.point.step()).max();
+        finished.max(under_way)
+    }
 }
 
 /// What the threads of a checkpointer share.
@@ -233,8 +241,9 @@ impl Shared {
     /// A save has an outcome.
     pub fn end(&self, job: &Arc<Job>, outcome: Result<(), Error>) {
         let failed = outcome.clone().err();
-        let first = job.point.end(outcome);
+        // Under the lock: whoever hears of it and calls save() at once is told again there.
         let mut state = self.state.lock();
+        let first = job.point.end(outcome);
         state.active.retain(|other| !Arc::ptr_eq(other, job));
         if first && let Some(error) = failed {
             state.failed.get_or_insert(error);

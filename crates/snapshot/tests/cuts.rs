@@ -311,3 +311,26 @@ fn a_damaged_old_segment_that_is_gathered_fails_one_point_and_is_saved_anew_from
     let damage = verify(&folder.0, Some(69), &mut |_| true).unwrap().damage;
     assert_eq!(damage, []);
 }
+
+#[test]
+fn the_number_of_a_save_that_failed_can_be_used_again() {
+    let folder = Folder::new();
+    let mut memory = small(MIB);
+    memory.bytes().fill(1);
+    let gate = Arc::new(Gate::default());
+    let options = Options {
+        drain: false,
+        fault: Some(gate.fault(Op::Write)),
+        ..Options::default()
+    };
+    let ck = Checkpointer::open(folder.0.clone(), vec![memory.array("a")], options).unwrap();
+    gate.full.store(true, Ordering::SeqCst);
+    let failed = ck.save(Some(7), "null".into()).unwrap();
+    assert!(failed.wait(WAIT).unwrap().is_err());
+    gate.full.store(false, Ordering::SeqCst);
+    assert!(settle(&ck).is_err());
+    ck.save(Some(7), "null".into()).unwrap();
+    settle(&ck).unwrap();
+    assert!(ck.save(Some(7), "null".into()).is_err());
+    assert_eq!(first_bytes(&folder, 7, 0..1), [1]);
+}

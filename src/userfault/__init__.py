@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from userfault.opening import open
     from userfault.region import BlockError, Region
     from userfault.restoring import State, restore
+    from userfault.serving import Served, serve
     from userfault.userfaultfd import Userfaultfd
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ _HOMES = {
     "PoisonedError": "userfault.errors",
     "PrefetchTicket": "userfault._native",
     "Region": "userfault.region",
+    "Served": "userfault.serving",
     "State": "userfault.restoring",
     "Stats": "userfault._native",
     "Store": "userfault._native",
@@ -70,6 +72,7 @@ _HOMES = {
     "open": "userfault.opening",
     "open_memmap": "userfault.npy",
     "restore": "userfault.restoring",
+    "serve": "userfault.serving",
     "set_memory_limit": "userfault.limits",
     "stats": "userfault.limits",
     "zeros": "userfault.arrays",
@@ -90,6 +93,7 @@ __all__ = [
     "PoisonedError",
     "PrefetchTicket",
     "Region",
+    "Served",
     "State",
     "Stats",
     "Store",
@@ -103,6 +107,7 @@ __all__ = [
     "open",
     "open_memmap",
     "restore",
+    "serve",
     "set_memory_limit",
     "stats",
     "zeros",

@@ -11,6 +11,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use userfault_store::Store;
 
+use crate::backing::Backing;
 use crate::block::State;
 use crate::defects::{Defect, put_back};
 use crate::error::Error;
@@ -46,6 +47,8 @@ pub(crate) struct Body {
     /// Bytes asked for; the mapping may be longer.
     pub(crate) len: usize,
     pub(crate) memory: Memory,
+    /// How blocks come in, and who is woken.
+    pub(crate) backing: Box<dyn Backing>,
     pub(crate) block: usize,
     /// The region's own pool, if it has a limit of its own.
     pub(crate) own_pool: Option<Arc<Pool>>,
@@ -81,6 +84,7 @@ pub(crate) struct Plan {
     pub(crate) store_offset: u64,
     pub(crate) len: usize,
     pub(crate) memory: Memory,
+    pub(crate) backing: Box<dyn Backing>,
     pub(crate) block: usize,
     pub(crate) own_pool: Option<Arc<Pool>>,
 }
@@ -110,6 +114,7 @@ impl Body {
             },
             len: plan.len,
             memory: plan.memory,
+            backing: plan.backing,
             block: plan.block,
             own_pool: plan.own_pool,
             flushing: Mutex::new(()),
@@ -133,7 +138,7 @@ impl Body {
 
     /// True if blocks are read into a buffer and copied into place.
     pub(crate) fn by_copy(&self) -> bool {
-        !self.memory.huge() && self.block <= COPY_LIMIT
+        self.memory.kind() == Kind::Elsewhere || (!self.memory.huge() && self.block <= COPY_LIMIT)
     }
 
     pub(crate) fn seat(&self, block: u32) -> Seat {
@@ -176,7 +181,7 @@ impl Body {
     pub(crate) fn span_tables(&self) -> u64 {
         let tables = (self.block.max(HUGE) / HUGE * crate::memory::small_page()) as u64;
         match self.memory.kind() {
-            Kind::Hugetlb => 0,
+            Kind::Hugetlb | Kind::Elsewhere => 0,
             // The view of huge pages needs no table of its own.
             Kind::Private | Kind::HugeTmpfs => tables,
             Kind::Small => 2 * tables,

@@ -27,8 +27,8 @@ use crate::fork::{self, Kept};
 use crate::limit;
 use crate::pool::Pool;
 use crate::room::Gate;
+use crate::served::{Peers, Registry};
 use crate::stats::Counters;
-use crate::tracked::Registry;
 use crate::workers::{Source, Workers};
 
 /// Features without which nothing works (Linux 5.19).
@@ -58,7 +58,10 @@ pub(crate) struct Engine {
     pub(crate) workers: Workers,
     /// The threads of the second fault source: memory that is saved before its first write.
     pub(crate) guards: Workers,
-    pub(crate) tracked: Registry,
+    pub(crate) tracked: crate::tracked::Registry,
+    /// The threads of the third fault source: the memory of other processes.
+    pub(crate) servers: Workers,
+    pub(crate) peers: Registry,
     pub(crate) clock: Clock,
     pub(crate) drain: Drain,
     /// Counts of regions that are gone.
@@ -142,9 +145,11 @@ impl Engine {
             pool: Arc::new(Pool::new(limit::auto())),
             auto_limit: Mutex::new(true),
             gate: Gate::new(),
-            workers: Workers::default(),
-            guards: Workers::of(Source::Guard),
-            tracked: Registry::default(),
+            workers: Workers::of(&Source::Paging),
+            guards: Workers::of(&Source::Guard),
+            servers: Workers::of(&Peers),
+            peers: Registry::default(),
+            tracked: crate::tracked::Registry::default(),
             clock: Clock::default(),
             drain: Drain::default(),
             past: Counters::new(),

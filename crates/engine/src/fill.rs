@@ -56,7 +56,8 @@ pub(crate) struct Filling {
 }
 
 /// How a try ended.
-enum Tried {
+pub(crate) enum Tried {
+    /// Everything that could be done is done, and the block is released.
     Mapped,
     NoRoom,
     /// The limit allows the memory, but the kernel has none: a pool of huge pages is shared with others.
@@ -93,6 +94,9 @@ impl Engine {
 
     /// Answers one fault.
     pub(crate) fn answer(&'static self, touch: &Touch, lead: &mut Lead) {
+        if touch.process != 0 {
+            return self.answer_served(touch, lead);
+        }
         let Some(body) = self.at(touch.address) else {
             if let Some(memory) = self.tracked.own(touch.address, 1)
                 && let Some(guard) = memory.guard()
@@ -294,7 +298,7 @@ impl Engine {
         let body = filling.body.clone();
         let block = filling.block;
         let now = Instant::now();
-        let tried = match self.try_fill(&filling, lead) {
+        let tried = match body.backing.fill(self, &filling, lead) {
             Tried::Refused(error) => {
                 self.make_way(&body, filling.thread, lead);
                 filling.refused = Some(error);
@@ -379,7 +383,8 @@ impl Engine {
         true
     }
 
-    fn try_fill(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
+    /// Brings a block of this process's memory in.
+    pub(crate) fn fill_here(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
         let (body, block) = (&filling.body, filling.block);
         let bytes = body.block_len(block) as u64;
         // Whoever makes room may have to write, and a write may hang: the fault still has its deadline.
@@ -485,7 +490,7 @@ impl Engine {
     }
 
     /// Reads a block. `Ok(false)`: it took too long, and the block is no longer ours.
-    fn read(
+    pub(crate) fn read(
         &'static self,
         filling: &Filling,
         buffer: &mut [u8],
@@ -509,7 +514,7 @@ impl Engine {
     }
 
     /// A read that was given up has come back: its memory may be used again.
-    fn came_back(&self, body: &Body, block: u32) {
+    pub(crate) fn came_back(&self, body: &Body, block: u32) {
         let mut table = body.lock();
         table.hung.remove(&block);
         if table.state(block) == State::Poisoned && !body.by_copy() && !table.sealed {
@@ -522,7 +527,7 @@ impl Engine {
     }
 
     /// Asks for what the walk of `thread` will touch next, if its fault on `block` belongs to one.
-    fn look_ahead(&'static self, body: &Arc<Body>, block: u32, thread: u32) {
+    pub(crate) fn look_ahead(&'static self, body: &Arc<Body>, block: u32, thread: u32) {
         let limit = self.pool_of(body).figures().limit;
         let longest = (limit / WINDOW_SHARE).min(LONGEST_WINDOW) / body.block as u64;
         let window = body

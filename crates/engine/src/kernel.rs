@@ -68,6 +68,11 @@ impl Engine {
 
     /// Wakes whoever sleeps on a block.
     pub(crate) fn wake(&self, body: &Body, block: u32) {
+        body.backing.wake(self, body, block);
+    }
+
+    /// As [`Engine::wake`], for memory of this process.
+    pub(crate) fn wake_here(&self, body: &Body, block: u32) {
         // A range of a region that is being closed may be gone: then close wakes.
         let _ = self.uffd.wake(body.address(block), body.block_len(block));
     }

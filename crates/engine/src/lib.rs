@@ -18,6 +18,7 @@
 //! | `readahead` | walks, and what to bring in for them |
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
 //! | `tracked` | memory whose writes are noted for checkpoints, and how |
+//! | `backing`, `served` | where the bytes of a block go; the memory of other processes |
 //! | `watch` | the debug option: no write is missed |
 //! | `defects` | wrong rules that a build for tests can put back |
 //! | `fork`, `signals` | what a child gets; threads without signals |
@@ -35,6 +36,7 @@
 //! * Fail-stop: memory that is no longer served cannot be touched; it never reads as zeros.
 
 mod access;
+mod backing;
 pub mod block;
 mod body;
 mod clean;
@@ -65,6 +67,7 @@ pub mod readahead;
 mod region;
 mod room;
 mod say;
+mod served;
 mod signals;
 mod staging;
 mod stats;
@@ -83,6 +86,7 @@ pub use memory::hugetlb_free;
 pub use pin::Pin;
 pub use prefetch::PrefetchTicket;
 pub use region::{Region, set_memory_limit, stats};
+pub use served::{Lies, Owed, ServeOptions, Served, ServedError, Written, serve};
 pub use signals::BlockedSignals;
 pub use stats::Stats;
 pub use table::BlockError;

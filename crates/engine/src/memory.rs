@@ -33,6 +33,8 @@ pub enum Kind {
     Hugetlb,
     /// 2 MiB pages of a private tmpfs.
     HugeTmpfs,
+    /// Mapped in another process: here only its measure is known.
+    Elsewhere,
 }
 
 impl Kind {
@@ -43,6 +45,7 @@ impl Kind {
             Kind::Small => "4KiB",
             Kind::Hugetlb => "2MiB hugetlb",
             Kind::HugeTmpfs => "2MiB tmpfs",
+            Kind::Elsewhere => "another process's",
         }
     }
 }
@@ -153,7 +156,7 @@ impl Memory {
             libc::PROT_READ
         };
         let file = match kind {
-            Kind::Private => None,
+            Kind::Private | Kind::Elsewhere => None,
             Kind::Small => Some(memfd(0).map_err(|_| Error::last_os("memfd_create", ""))?),
             Kind::Hugetlb => Some(memfd(libc::MFD_HUGETLB | libc::MFD_HUGE_2MB).map_err(|_| {
                 Error::last_os(
@@ -205,6 +208,18 @@ impl Memory {
             memory.advise(main, len, libc::MADV_DONTFORK)?;
         }
         Ok(memory)
+    }
+
+    /// The measure of memory that another process has mapped. Nothing of it can be reached from here.
+    pub(crate) fn elsewhere(len: usize, page: usize) -> Memory {
+        Memory {
+            kind: Kind::Elsewhere,
+            main: 0,
+            view: 0,
+            len,
+            page,
+            file: None,
+        }
     }
 
     fn advise(&self, at: usize, len: usize, advice: i32) -> Result<(), Error> {

@@ -30,13 +30,13 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
         body.name,
         body.store.0.name(),
     ));
-    if let Err(error) = engine.poison(body, block) {
+    if let Err(error) = body.backing.poison(engine, body, block) {
         // Without the marker the toucher would only ask again, for ever: make the memory itself say no.
+        let instead = body.backing.forbid(body, block);
         crate::say::line(&format!(
-            "userfault: {}: poisoning failed: {error}; the block is made inaccessible",
+            "userfault: {}: poisoning failed: {error}; {instead}",
             body.name
         ));
-        body.memory.forbid(body.start(block), body.block_len(block));
     }
     {
         let mut table = body.lock();

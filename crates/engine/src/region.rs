@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use userfault_store::Store;
 
+use crate::backing::Here;
 use crate::block::State;
 use crate::body::{Body, COPY_LIMIT, Plan};
 use crate::clean;
@@ -174,6 +175,7 @@ impl Region {
             store_offset: options.offset,
             len: options.len as usize,
             memory,
+            backing: Box::new(Here),
             block: shape.block,
             own_pool,
         }));

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 use userfault_uffd::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
-use userfault_uffd::{Message, MessageBuffer, Uffd};
+use userfault_uffd::{Message, MessageBuffer};
 
 use crate::block::Fault;
 use crate::body::Body;
@@ -28,7 +28,7 @@ use crate::threads;
 const MOST_THREADS: usize = 256;
 
 /// Messages read at once.
-const BATCH: usize = 16;
+pub(crate) const BATCH: usize = 16;
 
 /// A thread that sleeps on a page.
 #[derive(Debug, Clone, Copy)]
@@ -37,13 +37,15 @@ pub(crate) struct Touch {
     pub(crate) fault: Fault,
     /// The sleeper's thread id.
     pub(crate) thread: u32,
+    /// The served process whose memory it is (see `served`); 0 is this one.
+    pub(crate) process: u32,
     /// When the message was read.
     pub(crate) read: Instant,
 }
 
 impl Touch {
-    /// Own regions ask for no events, so every message is a fault.
-    fn from_message(message: &Message, read: Instant) -> Option<Touch> {
+    /// A message that is a fault. Own regions ask for no events, so there every message is one.
+    pub(crate) fn from_message(message: &Message, process: u32, read: Instant) -> Option<Touch> {
         let Message::Pagefault {
             flags,
             address,
@@ -63,6 +65,7 @@ impl Touch {
             address,
             fault,
             thread: ptid,
+            process,
             read,
         })
     }
@@ -86,20 +89,46 @@ struct State {
     queue: VecDeque<Task>,
 }
 
-/// Which userfaultfd messages come from.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// Where faults come from.
+pub(crate) trait FaultSource: Sync {
+    /// Sleeps until there is something, does with it what is nobody's fault, and appends the faults.
+    /// Only the leader calls this.
+    fn next(&self, engine: &'static Engine, touches: &mut VecDeque<Touch>);
+}
+
+/// The memory of this process: one userfaultfd, and nothing but faults.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     /// Regions, and memory whose writes the kernel notes by itself.
-    #[default]
     Paging,
     /// Huge pages that are saved before their first write.
     Guard,
 }
 
+impl FaultSource for Source {
+    fn next(&self, engine: &'static Engine, touches: &mut VecDeque<Touch>) {
+        let uffd = match self {
+            Source::Paging => &engine.uffd,
+            Source::Guard => engine.tracked.guard().expect("served once it is open"),
+        };
+        let mut buffer = MessageBuffer::<BATCH>::new();
+        let messages = match uffd.read_messages(&mut buffer) {
+            Ok(messages) => messages,
+            // A message is never lost by these two; anything else cannot happen on a blocking
+            // descriptor that is open and a buffer that is there.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
+                return;
+            }
+            Err(error) => panic!("reading the userfaultfd: {error}"),
+        };
+        let read = Instant::now();
+        touches.extend(messages.filter_map(|message| Touch::from_message(&message, 0, read)));
+    }
+}
+
 /// The threads of the fault loop for one source.
-#[derive(Default)]
 pub(crate) struct Workers {
-    source: Source,
+    source: &'static dyn FaultSource,
     state: Mutex<State>,
     work: Condvar,
 }
@@ -165,10 +194,11 @@ impl Lead {
 }
 
 impl Workers {
-    pub(crate) fn of(source: Source) -> Workers {
+    pub(crate) fn of(source: &'static dyn FaultSource) -> Workers {
         Workers {
             source,
-            ..Workers::default()
+            state: Mutex::default(),
+            work: Condvar::default(),
         }
     }
 
@@ -180,13 +210,6 @@ impl Workers {
             unanswered: VecDeque::new(),
             on_behalf: None,
             too_late: false,
-        }
-    }
-
-    fn uffd<'a>(&self, engine: &'a Engine) -> &'a Uffd {
-        match self.source {
-            Source::Paging => &engine.uffd,
-            Source::Guard => engine.tracked.guard().expect("served once it is open"),
         }
     }
 
@@ -226,7 +249,6 @@ impl Workers {
             workers: self,
             ..Lead::none(engine)
         };
-        let mut buffer = MessageBuffer::<BATCH>::new();
         loop {
             if !lead.held {
                 let mut state = self.state.lock();
@@ -250,18 +272,7 @@ impl Workers {
                     }
                 }
             }
-            let messages = match self.uffd(engine).read_messages(&mut buffer) {
-                Ok(messages) => messages,
-                // A message is never lost by these two; anything else cannot happen on a blocking
-                // descriptor that is open and a buffer that is there.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {
-                    continue;
-                }
-                Err(error) => panic!("reading the userfaultfd: {error}"),
-            };
-            let read = Instant::now();
-            lead.unanswered
-                .extend(messages.filter_map(|message| Touch::from_message(&message, read)));
+            self.source.next(engine, &mut lead.unanswered);
             while let Some(touch) = lead.unanswered.pop_front() {
                 engine.answer(&touch, &mut lead);
             }

@@ -15,6 +15,7 @@ mod overlay_store;
 mod pin;
 mod prefetch_ticket;
 mod region;
+mod served;
 mod stats;
 mod store;
 mod tracked_memory;
@@ -41,6 +42,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<stats::Stats>()?;
     m.add_function(wrap_pyfunction!(region::set_memory_limit, m)?)?;
     m.add_function(wrap_pyfunction!(stats::stats, m)?)?;
+    m.add_class::<served::Served>()?;
     m.add_class::<tracked_memory::TrackedMemory>()?;
     m.add_class::<checkpointer::Checkpointer>()?;
     m.add_class::<checkpointer::SavedPoint>()?;

@@ -206,6 +206,22 @@ impl Uffd {
         }
     }
 
+    /// As [`Uffd::from_fd`], with the features that /proc tells, and non-blocking from here on (for everybody who
+    /// holds a copy of the descriptor). EINVAL: it is no userfaultfd, or its handshake was never done.
+    pub fn given(fd: OwnedFd) -> io::Result<Uffd> {
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))?;
+        let features = given_features(&info).ok_or(io::Error::from_raw_os_error(libc::EINVAL))?;
+        // SAFETY: both calls take numbers and touch no memory.
+        let set = unsafe {
+            let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+            libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK)
+        };
+        if set < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Uffd::from_fd(fd, features))
+    }
+
     /// How it was made.
     pub fn way(&self) -> Way {
         self.way
@@ -263,6 +279,17 @@ impl IntoRawFd for Uffd {
         self.fd.into_raw_fd()
     }
 }
+
+/// The features in the fdinfo of a userfaultfd: `API: aa:FEATURES:IOCTLS`, in hexadecimal. The kernel's own mark
+/// for a handshake that is done is bit 31.
+fn given_features(info: &str) -> Option<u64> {
+    let line = info.lines().find_map(|line| line.strip_prefix("API:"))?;
+    let features = u64::from_str_radix(line.trim().split(':').nth(1)?, 16).ok()?;
+    (features & DONE != 0).then_some(features & !DONE)
+}
+
+/// See [`given_features`].
+const DONE: u64 = 1 << 31;
 
 /// The tries in order: kernel faults first if they are wanted, the system call before the device.
 fn open_descriptor(options: &OpenOptions) -> Result<(OwnedFd, Way, bool), OpenError> {

@@ -252,13 +252,6 @@ impl Checkpointer {
                 .wait_until(&mut state, until)
                 .timed_out()
         {}
-        if state.ended {
-            for group in &self.shared.groups {
-                if let Some(guard) = group.memory.guard() {
-                    guard.unsubscribe(group.consumer);
-                }
-            }
-        }
         state.ended
     }
 }

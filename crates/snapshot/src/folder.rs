@@ -13,6 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use userfault_engine::{Kept, forget, generation, keep};
 
 use crate::error::Error;
@@ -81,7 +82,7 @@ impl Drop for KeptFile {
 /// A directory, locked for one writer.
 pub struct Folder {
     path: PathBuf,
-    _lock: KeptFile,
+    lock: Mutex<Option<KeptFile>>,
     durable: bool,
     fault: Option<Fault>,
 }
@@ -136,10 +137,15 @@ impl Folder {
         }
         Ok(Folder {
             path: path.to_path_buf(),
-            _lock: KeptFile::new(lock),
+            lock: Mutex::new(Some(KeptFile::new(lock))),
             durable,
             fault,
         })
+    }
+
+    /// Lets others save into it.
+    pub fn unlock(&self) {
+        *self.lock.lock() = None;
     }
 
     /// Where it is.

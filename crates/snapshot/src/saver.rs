@@ -117,6 +117,7 @@ impl Saver {
             drop(segment);
             let _ = shared.folder.remove(&segment_name(number));
         }
+        shared.let_go();
         let mut state = shared.state.lock();
         state.ended = true;
         shared.changed.notify_all();

@@ -252,6 +252,21 @@ impl Shared {
         self.changed.notify_all();
     }
 
+    /// Nothing is followed any more, and the directory is anybody's.
+    pub fn let_go(&self) {
+        for source in &self.sources {
+            if let Way::Silent(ledger) = &source.way {
+                ledger.close();
+            }
+        }
+        for group in &self.groups {
+            if let Some(guard) = group.memory.guard() {
+                guard.unsubscribe(group.consumer);
+            }
+        }
+        self.folder.unlock();
+    }
+
     /// Gives up saves that make no progress, until the checkpointer ends.
     pub fn watch(&self) {
         let limit = self.options.timeout;

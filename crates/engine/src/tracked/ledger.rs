@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use userfault_uffd::Scan;
@@ -58,6 +59,7 @@ impl Pages {
 pub struct Ledger {
     pages: Arc<Pages>,
     generation: u32,
+    closed: AtomicBool,
 }
 
 impl Ledger {
@@ -89,6 +91,7 @@ impl Ledger {
         let ledger = Ledger {
             pages,
             generation: fork::generation(),
+            closed: AtomicBool::new(false),
         };
         // From here on a write is noted. What the other consumers had not yet heard of, they hear now.
         ledger.harvest(start, len)?;
@@ -170,6 +173,9 @@ impl Ledger {
         if self.generation != fork::generation() {
             return Err(Error::Forked);
         }
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::Closed);
+        }
         if !mapping::mapped(start, len) {
             return Err(gone(start, len));
         }
@@ -217,21 +223,21 @@ impl Ledger {
     }
 }
 
-impl Drop for Ledger {
-    /// Takes what nobody else tracks out of user-space paging.
-    fn drop(&mut self) {
-        if self.generation != fork::generation() {
+impl Ledger {
+    /// Ends the account, and takes what nobody else tracks out of user-space paging.
+    pub fn close(&self) {
+        if self.generation != fork::generation() || self.closed.swap(true, Ordering::AcqRel) {
             return;
         }
         let Some(engine) = Engine::existing() else {
             return;
         };
         let (start, end) = (self.start(), self.start() + self.len());
-        let ledgers = engine.tracked.ledgers.lock();
+        let mut ledgers = engine.tracked.ledgers.lock();
+        ledgers.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(&self.pages)));
         let mut kept: Vec<Range<usize>> = ledgers
             .iter()
             .filter_map(std::sync::Weak::upgrade)
-            .filter(|pages| !Arc::ptr_eq(pages, &self.pages))
             .map(|pages| pages.start..pages.start + pages.len)
             .collect();
         kept.sort_by_key(|range| range.start);
@@ -248,6 +254,12 @@ impl Drop for Ledger {
             }
             at = at.max(range.end);
         }
+    }
+}
+
+impl Drop for Ledger {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

@@ -51,6 +51,7 @@ class Kind(enum.Enum):
     HUGETLB_PRIVATE = "hugetlb-private"
     THP = "thp"
     FILE = "file"
+    FILE_PRIVATE = "file-private"
     NONE = "no-memory"
 
     @property

@@ -52,13 +52,19 @@ SYSCALL, LOAD, STORE, READ, WRITE, THREAD, FORK, SEND_FD, RECEIVE_FD, BUMP = ran
 REQUEST, REPLY = struct.Struct("9Q"), struct.Struct("5qQ")
 CHUNK = 1 << 16
 
-CALLS = ("mmap", "mprotect", "ioctl", "mremap", "madvise", "gettid", "userfaultfd")
+CALLS = (
+    "mmap", "munmap", "mprotect", "ioctl", "mremap", "madvise", "gettid", "userfaultfd", "rt_sigprocmask",
+    "close",
+)  # fmt: skip
 NUMBERS = {
-    "x86_64": dict(zip(CALLS, (9, 10, 16, 25, 28, 186, 323), strict=True)),
-    "aarch64": dict(zip(CALLS, (222, 226, 29, 216, 233, 178, 282), strict=True)),
+    "x86_64": dict(zip(CALLS, (9, 11, 10, 16, 25, 28, 186, 323, 14, 3), strict=True)),
+    "aarch64": dict(zip(CALLS, (222, 215, 226, 29, 216, 233, 178, 282, 135, 57), strict=True)),
 }
 """Numbers of the system calls that a puppet is told to make."""
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
+ROOMS, ROOM = 1 << 38, 1 << 30
+"""Where the memory of tests begins, and what one middle-level page table maps, in bytes."""
+MAP_FIXED_NOREPLACE = 0x100000
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS, MAP_NORESERVE, MAP_HUGETLB = 1, 2, 16, 32, 0x4000, 0x40000
 
 
@@ -204,6 +210,7 @@ class Thread:
         def convert(answer: Answer) -> Process:
             pid = answer.succeeded().result
             child = Process(self.process.backend, pid, ours)
+            child.rooms = self.process.rooms
             # The child answers the same request on its own socket.
             assert Running(ours, lambda own: own.result).result() == pid
             return child
@@ -249,6 +256,7 @@ class Process:
         self.main = Thread(self, channel)
         self.main.tid = pid
         self.own: list[Thread] = []
+        self.rooms = 0
         backend.channels.append(channel)
 
     def thread(self) -> Thread:
@@ -279,8 +287,12 @@ class Process:
         return address
 
     def room(self, length: int, align: int) -> int:
-        address = self.map(length + align, 0, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
-        return -(-address // align) * align
+        # Far from everything else: no neighbour to merge with, and no page table that somebody else made.
+        address = ROOMS + self.rooms * ROOM
+        assert ROOM % align == 0
+        self.rooms += -(-length // ROOM) + 1
+        flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE
+        return self.map(length, 0, flags, at=address)
 
     def give(self, fd: int) -> int:
         """Sends a descriptor to the puppet: its number there."""
@@ -302,7 +314,8 @@ class Process:
         if kind.shared:
             alias = self.map(length, PROT_READ | PROT_WRITE, flags, theirs, at=self.room(length, HUGE))
         if fd >= 0:
-            os.close(fd)
+            self.backend.fds.append(fd)
+            self.backend.files[start] = (fd, theirs)
         return Area(kind, start, length, page, alias)
 
     def userfaultfd(self, features: int = 0, *, nonblocking: bool = True) -> Userfaultfd:
@@ -392,6 +405,12 @@ def raw_ioctl(fd: int, request: int, argument: ctypes.Structure) -> int:
 class KernelBackend:
     """The kernel this test runs on. `puppet`: the compiled puppet.c. `hugepages(n)` adds to the pool."""
 
+    @property
+    def observer(self) -> Any:
+        from conformance.kernel_observer import KernelObserver
+
+        return KernelObserver()
+
     def __init__(self, puppet: Path, folder: Path, hugepages: Callable[[int], None]) -> None:
         self.puppet = puppet
         self.folder = folder
@@ -401,6 +420,9 @@ class KernelBackend:
         self.channels: list[socket.socket] = []
         self.uffds: list[Userfaultfd] = []
         self.fds: list[int] = []
+        self.turn = 0
+        self.files: dict[int, tuple[int, int]] = {}
+        """The descriptor of an area's file, ours and the puppet's, by the area's start."""
 
     def process(self) -> Process:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -415,7 +437,7 @@ class KernelBackend:
         """A fresh file for memory of a kind, or -1 for anonymous memory."""
         if kind in (Kind.ANON, Kind.THP):
             return -1
-        if kind is Kind.FILE:
+        if kind in (Kind.FILE, Kind.FILE_PRIVATE):
             fd = os.open(self.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC)
         elif kind.hugetlb:
             fd = os.memfd_create("conformance", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
@@ -498,6 +520,17 @@ class KernelBackend:
             if len(frames) == 1 or time.monotonic() >= deadline:
                 return len(frames) == 1
             time.sleep(0.02)
+
+    def scanner(self) -> userfault.Userfaultfd:
+        """Anything that can scan page tables."""
+        return self.uffds[0]
+
+    def another_processor(self, process: Process) -> None:
+        """Whoever makes calls in the process does so on another processor from now on."""
+        choice = sorted(os.sched_getaffinity(0))
+        self.turn = (self.turn + 1) % len(choice)
+        for thread in os.listdir(f"/proc/{process.pid}/task"):
+            os.sched_setaffinity(int(thread), {choice[self.turn]})
 
     def ioctl(self, uffd: Any, request: int, argument: ctypes.Structure) -> int:
         return raw_ioctl(uffd.fileno(), request, argument)

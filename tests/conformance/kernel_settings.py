@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -62,3 +63,34 @@ def folio_sizes(*, shared: bool) -> list[int]:
     name = "shmem_enabled" if shared else "enabled"
     sizes = [int(path.parent.name[10:-2]) << 10 for path in THP.glob(f"hugepages-*kB/{name}")]
     return sorted(size for size in sizes if size < 2 << 20)
+
+
+@contextlib.contextmanager
+def swap_file(folder: Path, megabytes: int = 64) -> Iterator[None]:
+    """Within the block the machine may swap to a file there. Unavailable where it may not."""
+    path = folder / "swap"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, megabytes << 20)
+    except OSError as error:
+        raise Unavailable(f"no room for a swap file: {error.strerror}") from None
+    finally:
+        os.close(fd)
+    try:
+        _called("mkswap", path)
+        _called("swapon", path)
+        try:
+            yield
+        finally:
+            _called("swapoff", path)
+    finally:
+        path.unlink()
+
+
+def _called(program: str, path: Path) -> None:
+    try:
+        done = subprocess.run([program, path], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise Unavailable(f"there is no {program} (util-linux)") from None
+    if done.returncode:
+        raise Unavailable(f"{program} {path}: {done.stderr.strip()}")

@@ -35,15 +35,26 @@ T = TypeVar("T")
 
 ADVICE = {
     4: "DONTNEED",
+    8: "FREE",
     9: "REMOVE",
+    10: "DONTFORK",
+    11: "DOFORK",
     14: "HUGEPAGE",
     15: "NOHUGEPAGE",
+    18: "WIPEONFORK",
+    19: "KEEPONFORK",
+    20: "COLD",
     21: "PAGEOUT",
+    22: "POPULATE_READ",
+    23: "POPULATE_WRITE",
+    24: "DONTNEED_LOCKED",
     25: "COLLAPSE",
     102: "GUARD_INSTALL",
     103: "GUARD_REMOVE",
 }
 STEPS = 3_000_000
+ROOMS, ROOM = 1 << 38, 1 << 30
+"""Where the memory of tests begins, and what one middle-level page table maps, in bytes."""
 
 
 class Running(Generic[T]):
@@ -188,7 +199,7 @@ class Process:
         self.process = process
         self.parent = parent
         self._main = Thread(self, process.main)
-        self._free: int = 0x10000000 if parent is None else parent._free
+        self._free: int = ROOMS if parent is None else parent._free
         self._staged: int = 0x7D0000000000 if parent is None else parent._staged
 
     @property
@@ -199,15 +210,20 @@ class Process:
         return Thread(self, self.process.thread(f"{self.process.name} {len(self.process.threads)}"))
 
     def room(self, length: int, align: int) -> int:
-        unit = max(align, HUGE)
-        address = -(-self._free // unit) * unit
-        self._free = address + length + HUGE
+        assert ROOM % align == 0
+        address = self._free
+        self._free += (-(-length // ROOM) + 1) * ROOM
         return address
 
     def area(self, kind: Kind, pages: int) -> Area:
         page = HUGE if kind.hugetlb else 4096
         length = pages * page
-        names = {Kind.FILE: "ordinary", Kind.HUGETLB: "hugetlb", Kind.HUGETLB_PRIVATE: "hugetlb"}
+        names = {
+            Kind.FILE: "ordinary",
+            Kind.FILE_PRIVATE: "ordinary",
+            Kind.HUGETLB: "hugetlb",
+            Kind.HUGETLB_PRIVATE: "hugetlb",
+        }
         file = None
         if kind not in (Kind.ANON, Kind.THP):
             file = File(self.backend.kernel, names.get(kind, "shmem"), length, kind.value)
@@ -216,6 +232,8 @@ class Process:
             at = self.room(length, HUGE)
             self.process.run(self.process.calls.mmap(at, length, shared=kind.shared, file=file))
             places.append(at)
+        if file is not None:
+            self.backend.files[places[0]] = file
         return Area(kind, places[0], length, page, places[1] if kind.shared else None)
 
     def staging(self, content: bytes) -> int:
@@ -280,19 +298,37 @@ FILLS: dict[int, tuple[Any, str]] = {
 
 
 class ModelBackend:
-    """The model of one kernel version."""
+    """The model of one kernel version. `seed`: the order of the threads' steps is drawn from it; without one
+    they take them in turn."""
 
-    swap = True
-
-    def __init__(self, version: str = "6.18", defects: Iterable[str] = ()) -> None:
-        self.kernel = Kernel(version, defects=defects)
+    def __init__(
+        self,
+        version: str = "6.18",
+        defects: Iterable[str] = (),
+        *,
+        swap: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        self.kernel = Kernel(version, defects=defects, swap=swap)
+        self.swap = swap
         self.scheduler = Scheduler(self.kernel)
+        self.draw = None if seed is None else random.Random(seed)
         self.owners: dict[Userfaultfd, Process] = {}
+        self.files: dict[int, File] = {}
+        """The file of an area, by the area's start."""
+
+    @property
+    def observer(self) -> Any:
+        from conformance.model_observer import ModelObserver
+
+        return ModelObserver()
 
     def settle(self) -> None:
         """Let everybody run until all sleep."""
-        assert self.scheduler.settle(limit=STEPS), "somebody runs in circles"
-        self.scheduler.schedule.clear()
+        scheduler, draw = self.scheduler, self.draw
+        quiet = scheduler.settle(limit=STEPS) if draw is None else scheduler.run(draw.choice, limit=STEPS)
+        assert quiet, "somebody runs in circles"
+        scheduler.schedule.clear()
 
     def process(self) -> Process:
         return Process(self, self.kernel.process(f"process {len(self.kernel.processes) + 1}"))

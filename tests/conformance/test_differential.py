@@ -2,143 +2,106 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import tempfile
+import contextlib
+import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, reject, settings
 
 pytest.importorskip("userfault._native", reason="the compiled part is not built")
 
-from conformance.differential import PAGES, THREADS, Line, Program, as_script, difference, run
-from conformance.kernel import KernelBackend
-from conformance.model import ModelBackend
+from conformance.backend import Unavailable
+from conformance.differential import Program, as_script, difference
+from conformance.found import FOUND, ODDITIES
+from conformance.generated import programs
+from conformance.sides import Makes, compare, on_the_kernel, on_the_model, running_kernel, uses_swap, version
+from conftest import soak_minutes
+from userfault.model.versions import PROFILES
 
-EXAMPLES = 60
+SMALL = ("anon", "shmem", "shmem-private")
+HUGE = ("hugetlb", "hugetlb-private")
+OTHERS = ("thp", "file", "file-private")
+EXAMPLES = {SMALL: 60, HUGE: 25, OTHERS: 25}
 """Programs in an ordinary run; `make soak` goes on for its minutes."""
 
-pages = st.integers(0, PAGES - 1)
-threads = st.integers(0, THREADS - 1)
-values = st.integers(1, 255)
+if version() not in PROFILES:
+    pytest.skip(f"the model has no profile of Linux {version()}", allow_module_level=True)
 
 
-@st.composite
-def ranges(draw: st.DrawFn) -> tuple[int, int]:
-    """(first page, number of pages), inside the area."""
-    first = draw(pages)
-    return first, draw(st.integers(1, PAGES - first))
+class Kernel:
+    """Makes backends of the running kernel; `swap`: it can page out."""
 
+    def __init__(self, make: Makes, lacks: list[str]) -> None:
+        self.make = make
+        self.lacks = lacks
+        self.swap = not any(lack.startswith("swap") for lack in lacks)
 
-def _ranged(name: str, *rest: st.SearchStrategy[int]) -> st.SearchStrategy[tuple[object, ...]]:
-    return st.tuples(ranges(), *rest).map(lambda drawn: (name, *drawn[0], *drawn[1:]))
-
-
-STEPS = st.one_of(
-    st.tuples(st.just("load"), threads, pages),
-    st.tuples(st.just("store"), threads, pages, values),
-    st.tuples(st.just("store"), threads, pages, values),
-    _ranged("copy", values, st.sampled_from((0, 0, 1, 2))),
-    _ranged("zeropage", st.sampled_from((0, 1))),
-    _ranged("continue", st.sampled_from((0, 0, 1, 2))),
-    _ranged("poison"),
-    st.tuples(st.just("move"), pages, pages, st.sampled_from((0, 1, 2))),
-    _ranged("writeprotect", st.sampled_from((0, 1, 1, 2, 3))),
-    _ranged("wake"),
-    _ranged("register", st.integers(1, 7)),
-    _ranged("unregister"),
-    _ranged("dontneed"),
-    _ranged("remove"),
-    _ranged("protect", st.sampled_from((1, 3, 3))),
-)
-
-PROGRAMS = st.builds(
-    Program,
-    st.sampled_from(("anon", "shmem", "shmem-private")),
-    st.integers(1, 7),
-    st.sampled_from((0, 0x2000, 0x8000)),
-    st.lists(STEPS, min_size=1, max_size=12),
-)
+    def agrees(self, program: Program) -> None:
+        """Fails with the first difference and a script; rejects what this machine cannot run."""
+        if "hugetlb" in program.kind and any(lack.startswith("huge") for lack in self.lacks):
+            pytest.skip("; ".join(self.lacks))
+        try:
+            found = compare(self.make, program, swap=self.swap)
+        except Unavailable:
+            reject()
+        assert found is None, f"{found}\n\n{as_script(program)}"
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[Callable[[], KernelBackend]]:
-    """Makes backends of the running kernel."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler (cc) to build the touching process with: apt install gcc")
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "puppet"
-        source = Path(__file__).parent / "puppet.c"
-        subprocess.run(["cc", "-O2", "-pthread", "-o", binary, source], check=True)
-        yield lambda: KernelBackend(binary, Path(folder), lambda pages: None)
-
-
-def version() -> str:
-    """The profile of the model for the running kernel."""
-    return ".".join(os.uname().release.split(".")[:2])
-
-
-def compare(program: Program, kernel: Callable[[], KernelBackend]) -> None:
-    """Fails with the first difference and a script."""
-    model = list(run(ModelBackend(version()), program))
-    backend = kernel()
-    try:
-        real: list[Line] = list(run(backend, program, model))
-    finally:
-        backend.close()
-    found = difference(model, real)
-    assert found is None, f"{found}\n\n{as_script(program)}"
+def kernel() -> Iterator[Kernel]:
+    with contextlib.ExitStack() as stack:
+        try:
+            made = stack.enter_context(running_kernel(huge_pages=True, swap=True))
+        except Unavailable as error:
+            pytest.skip(str(error))
+        yield Kernel(*made)
 
 
 def test_a_model_that_is_wrong_is_told_by_the_first_step_and_a_script(
-    kernel: Callable[[], KernelBackend],
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = Program("anon", 2, 0, [("load", 0, 1), ("store", 0, 1, 9), ("wake", 0, 4)])
-    wrong = list(run(ModelBackend(version(), {"wp_vma_only"}), program))
-    backend = kernel()
-    try:
-        real = list(run(backend, program, wrong))
-    finally:
-        backend.close()
+    wrong = on_the_model(program, swap=False, defects=("wp_vma_only",))
+    real = on_the_kernel(kernel.make, program, [wrong])
     told = difference(wrong, real)
     assert told is not None
     assert told.startswith("after step 2, ('store', 0, 1, 9)")
-    shown: list[Line] = []
-    exec(as_script(program), {"print": shown.append})
-    assert difference(shown, real) is None
+    shown = []
+    for side in ("model", "kernel"):
+        monkeypatch.setattr(sys, "argv", ["script", side])
+        exec(as_script(program), {})
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "('store', 0, 1, 9)" in shown[0]
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(program=PROGRAMS)
-def test_the_model_and_the_kernel_agree(program: Program, kernel: Callable[[], KernelBackend]) -> None:
-    compare(program, kernel)
+@pytest.mark.parametrize("name", [*FOUND, *ODDITIES])
+def test_what_was_found_once_stays_mended(name: str, kernel: Kernel) -> None:
+    _, program = (FOUND | ODDITIES)[name]
+    if uses_swap(program) and not kernel.swap:
+        pytest.skip("; ".join(kernel.lacks))
+    kernel.agrees(program)
+
+
+def _property(kernel: Kernel, kinds: tuple[str, ...], **options: object) -> None:
+    @settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **options)  # type: ignore[arg-type]
+    @given(program=programs(kinds=kinds))
+    def agree(program: Program) -> None:
+        kernel.agrees(program)
+
+    agree()
+
+
+@pytest.mark.parametrize("kinds", EXAMPLES, ids=lambda kinds: kinds[0])
+@pytest.mark.time_limit(600)
+def test_the_model_and_the_kernel_agree(kinds: tuple[str, ...], kernel: Kernel) -> None:
+    _property(kernel, kinds, max_examples=EXAMPLES[kinds], derandomize=True)
 
 
 @pytest.mark.soak
-def test_they_go_on_agreeing(kernel: Callable[[], KernelBackend]) -> None:
-    end = time.monotonic() + 60 * float(os.environ.get("USERFAULT_SOAK_MINUTES", "1"))
-
-    @settings(
-        max_examples=500,
-        deadline=None,
-        database=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(program=PROGRAMS)
-    def more(program: Program) -> None:
-        compare(program, kernel)
-
+def test_they_go_on_agreeing(kernel: Kernel) -> None:
+    end = time.monotonic() + 60 * soak_minutes()
     while time.monotonic() < end:
-        more()
+        _property(kernel, (*SMALL, *HUGE, *OTHERS), max_examples=500, phases=(Phase.generate, Phase.shrink))

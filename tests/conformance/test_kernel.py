@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +13,7 @@ pytest.importorskip("userfault._native", reason="the compiled part is not built"
 from conformance.backend import Kind, Unavailable
 from conformance.checklist import Item, everything
 from conformance.kernel import KernelBackend
+from conformance.puppet import build
 
 CASES = [
     pytest.param(item, kind, id=item.name if kind is Kind.NONE else f"{item.name}-{kind.value}")
@@ -26,12 +25,10 @@ CASES = [
 @pytest.fixture(scope="session")
 def puppet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled puppet.c."""
-    if shutil.which("cc") is None:
-        pytest.skip("no C compiler (cc) to build the touching process with: apt install gcc")
-    binary = tmp_path_factory.mktemp("conformance") / "puppet"
-    source = Path(__file__).parent / "puppet.c"
-    subprocess.run(["cc", "-O2", "-pthread", "-o", binary, source], check=True)
-    return binary
+    try:
+        return build(tmp_path_factory.mktemp("conformance"))
+    except Unavailable as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -260,16 +260,21 @@ def _collapse(thread: Thread, mm: AddressSpace, vma: Vma, start: int, end: int) 
 
 
 def _populate_advice(thread: Thread, mm: AddressSpace, start: int, end: int, write: bool) -> Op[None]:
-    """MADV_POPULATE_*: EHWPOISON at poison, EFAULT where nobody may be asked, ENOMEM at a hole."""
-    for vma, low, high in list(mm.each(start, end)):
+    """MADV_POPULATE_* (madvise_populate): stops at EHWPOISON at poison, EFAULT where nobody may be asked,
+    ENOMEM at a hole."""
+    at = start
+    while at < end:
+        vma = mm.find(at)
+        if vma is None:
+            raise SystemCallError(ENOMEM)
         if write and not vma.write:
             raise SystemCallError(EINVAL)
+        upto = min(vma.end, end)
         try:
-            yield from populate(thread, mm, vma, low, high, write)
+            yield from populate(thread, mm, vma, at, upto, write)
         except MemoryFault as refused:
             raise SystemCallError(EHWPOISON if refused.verdict is Verdict.POISON else EFAULT) from refused
-    if sum(high - low for _, low, high in mm.each(start, end)) < end - start:
-        raise SystemCallError(ENOMEM)
+        at = upto
 
 
 def populate(thread: Thread, mm: AddressSpace, vma: Vma, start: int, end: int, write: bool) -> Op[None]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from userfault.model.errnos import EEXIST, EINVAL, ENOMEM, EPERM, SystemCallError
 from userfault.model.events import UnmapEvents
-from userfault.model.layout import HUGE_PAGE, PAGE, TASK_SIZE, round_up
+from userfault.model.layout import HUGE_PAGE, PAGE, PUD_SPAN, TASK_SIZE, round_down, round_up
 from userfault.model.mm import AddressSpace
 from userfault.model.pagecache import File
 from userfault.model.pagetable import Present
@@ -74,7 +74,7 @@ def mmap(
             shared=shared,
             may_write=may_write,
             file=file,
-            offset=offset,
+            offset=address if file is None else offset,
             growsdown=growsdown,
             droppable=droppable,
             wipeonfork=droppable,
@@ -88,10 +88,21 @@ def mmap(
 
 
 def remove_mapping(mm: AddressSpace, start: int, end: int) -> None:
-    """do_vmi_align_munmap: pages and VMAs go. The lock is held for writing."""
+    """do_vmi_align_munmap: pages, VMAs and page tables go. The lock is held for writing."""
     for vma in mm.carve(start, end):
         zap(mm, vma, vma.start, vma.end, drop_markers=True)
         mm.vmas.remove(vma)
+        _free_tables(mm, vma.start, vma.end)
+
+
+def _free_tables(mm: AddressSpace, start: int, end: int) -> None:
+    """free_pgtables: a table goes with the last mapping that had a part of it."""
+    for base in range(round_down(start, HUGE_PAGE), end, HUGE_PAGE):
+        if mm.table.pmd(base) is not None and not mm.overlapping(base, base + HUGE_PAGE):
+            mm.table.set_pmd(base, None)
+    for base in range(round_down(start, PUD_SPAN), end, PUD_SPAN):
+        if base // PUD_SPAN in mm.table.pmds and not mm.overlapping(base, base + PUD_SPAN):
+            del mm.table.pmds[base // PUD_SPAN]
 
 
 def munmap(thread: Thread, address: int, length: int) -> Op[None]:

@@ -38,7 +38,9 @@ class Vma:
     read, write, execute   what mprotect says; write is what a fault asks (VM_WRITE)
     shared      MAP_SHARED
     may_write   it could be made writable (VM_MAYWRITE): false for a shared mapping of a read-only descriptor
-    file        None: anonymous. offset: of `start` in the file, bytes
+    file        None: anonymous
+    offset      of `start` in the file, bytes; of anonymous memory the address where it was before its first
+                page (vm_pgoff): neighbours that do not follow each other there do not merge
     uffd        the userfaultfd context it is registered with, and `modes`
     anonymous_pages   it has had private pages (anon_vma): fork() must copy its page table
     special     a mapping of the kernel's own pages (vdso, vvar)
@@ -102,7 +104,7 @@ class Vma:
         """`other`, which begins where this one ends, may become one VMA with it (can_vma_merge_after)."""
         if self.special or self.file is not other.file:
             return False
-        if self.file is not None and self.offset + (self.end - self.start) != other.offset:
+        if self.offset + (self.end - self.start) != other.offset:
             return False
         return _properties(self) == _properties(other) and self.uffd is other.uffd
 

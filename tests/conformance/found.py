@@ -1,0 +1,45 @@
+"""What the differential test found: programs on which the model and the kernel once differed, shrunk.
+
+Each was a mistake of the model and is mended; what the kernel does there is said in a line. ODDITIES are
+those among them where the kernel does what nobody would expect of it; the model does the same.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from conformance.differential import Program
+
+ALL: Final = 0x4E
+"""Every event."""
+
+FOUND: Final = {
+    "mremap onto itself": (
+        "places that overlap are EINVAL",
+        Program("hugetlb", 1, 0, [("mremap", 0, 1, 0, 0, 0)]),
+    ),
+    "a table between two mappings": (
+        "a page table goes with the last mapping that had a part of it, not with one that had all of it",
+        Program("thp", 1, 0, [("nohugepage", 0, 1), ("load", 0, 0), ("mmap", 0, 2)]),
+    ),
+    "mremap over several mappings": (
+        "since 6.17 one mremap moves several mappings, but a registered one only alone",
+        Program("anon", 0, 0, [("protect", 1, 1, 1), ("mremap", 0, 3, 4, 0, 0)]),
+    ),
+    "populating stops at a hole": (
+        "MADV_POPULATE_READ goes no further than the first hole",
+        Program("anon", 1, 0, [("mmap", 5, 1), ("populate_read", 4, 2)]),
+    ),
+    "a table is moved without entries": (
+        "mremap makes the page table of the new place, also where the old one is empty",
+        Program("anon", 1, 0, [("load", 0, 0), ("mremap", 0, 1, 4, 0, 0)]),
+    ),
+}
+
+ODDITIES: Final = {
+    "mremap unregisters neighbours": (
+        "without EVENT_REMAP the new place is taken out of the registration. If it merged with what lies "
+        "behind it (here pages 2 and 3), that is unregistered too, though nobody touched it",
+        Program("anon", 1, 0, [("mremap", 0, 1, 1, 0, 0)]),
+    ),
+}

@@ -34,6 +34,7 @@ __all__ = [
     "set_memory_limit",
     "stats",
     "verify_points",
+    "write_out_trace",
 ]
 
 __version__: str
@@ -263,6 +264,7 @@ class Stats:
 
 def set_memory_limit(limit: int | None) -> int: ...
 def stats() -> Stats: ...
+def write_out_trace() -> None: ...
 
 @final
 class Userfaultfd:

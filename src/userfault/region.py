@@ -276,3 +276,4 @@ def _flush_open_regions() -> None:
             region.flush()
         except Exception as error:  # whatever it is, the other regions are to be flushed too
             print(f"userfault: {region.name} could not be flushed at exit: {error}", file=sys.stderr)
+    _native.write_out_trace()

@@ -29,6 +29,7 @@ use crate::pool::Pool;
 use crate::room::Gate;
 use crate::served::{Peers, Registry};
 use crate::stats::Counters;
+use crate::trace::Recorder;
 use crate::workers::{Source, Workers};
 
 /// Features without which nothing works (Linux 5.19).
@@ -71,6 +72,8 @@ pub(crate) struct Engine {
     read_turns: Mutex<HashMap<usize, Weak<Mutex<()>>>>,
     /// The debug option: clean blocks are hashed.
     pub(crate) hashing: bool,
+    /// The recording of faults, if the environment asks for one.
+    pub(crate) recorder: Option<Recorder>,
     pub(crate) tickets: AtomicU64,
     epoch: Instant,
 }
@@ -108,7 +111,8 @@ impl Engine {
         GENERATION.store(fork::generation(), Ordering::Release);
         if !(engine.workers.start(engine)
             && engine.clock.start(engine)
-            && engine.drain.start(engine))
+            && engine.drain.start(engine)
+            && engine.recorder.as_ref().is_none_or(Recorder::start))
         {
             return Err(Error::last_os(
                 "starting the engine's threads",
@@ -156,6 +160,7 @@ impl Engine {
             hung: AtomicUsize::new(0),
             read_turns: Mutex::default(),
             hashing: crate::watch::asked_for(),
+            recorder: Recorder::asked_for(),
             tickets: AtomicU64::new(1),
             epoch: Instant::now(),
         })

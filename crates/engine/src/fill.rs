@@ -21,6 +21,7 @@ use crate::readahead::{LONGEST_WINDOW, WINDOW_SHARE, Window};
 use crate::staging;
 use crate::stats::add;
 use crate::table::Table;
+use crate::trace::Kind;
 use crate::workers::{Lead, Task, Touch};
 
 /// How long a fault waits for memory before its block is given up, beside the region's `retry_for`. It
@@ -146,12 +147,14 @@ impl Engine {
             Answer::Fill => {
                 table.claim(block, Purpose::Fill);
                 drop(table);
+                self.trace(Kind::Missing, &body, block, touch.thread);
                 self.look_ahead(&body, block, touch.thread);
                 self.fill(Filling::new(body, block, touch.thread, touch.read), lead);
             }
             Answer::Map => {
                 table.claim(block, Purpose::Map);
                 drop(table);
+                self.trace(Kind::Rested, &body, block, touch.thread);
                 self.map_resting(&body, block, touch);
             }
             Answer::MapDirty => {
@@ -191,6 +194,7 @@ impl Engine {
                 let page = offset / body.memory.page();
                 table.mark_dirty(page..page + 1);
                 drop(table);
+                self.trace(Kind::Write, &body, block, touch.thread);
                 let start = body.memory.main() + page * body.memory.page();
                 let _ = self.uffd.writeprotect(start, body.memory.page(), 0);
             }
@@ -563,6 +567,7 @@ impl Engine {
                 table.state(block) == State::Absent && table.claim(block, Purpose::Fill)
             };
             if claimed {
+                self.trace(Kind::Ahead, body, block, 0);
                 let filling = Filling {
                     ahead: true,
                     ..Filling::new(body.clone(), block, 0, Instant::now())
@@ -574,6 +579,7 @@ impl Engine {
 
     /// Asks for a block on behalf of nobody who sleeps on it. The block must have been claimed for Fill.
     pub(crate) fn submit_fill(&'static self, body: &Arc<Body>, block: u32) {
+        self.trace(Kind::Ahead, body, block, 0);
         let filling = Filling::new(body.clone(), block, 0, Instant::now());
         self.workers.submit(self, Task::Fill(filling));
     }

@@ -19,6 +19,7 @@
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
 //! | `tracked` | memory whose writes are noted for checkpoints, and how |
 //! | `backing`, `served` | where the bytes of a block go; the memory of other processes |
+//! | `trace` | recording faults for the simulator |
 //! | `watch` | the debug option: no write is missed |
 //! | `defects` | wrong rules that a build for tests can put back |
 //! | `fork`, `signals` | what a child gets; threads without signals |
@@ -73,6 +74,7 @@ mod staging;
 mod stats;
 mod table;
 mod threads;
+mod trace;
 pub mod tracked;
 mod watch;
 mod workers;
@@ -90,6 +92,7 @@ pub use served::{Lies, Owed, ServeOptions, Served, ServedError, Written, serve};
 pub use signals::BlockedSignals;
 pub use stats::Stats;
 pub use table::BlockError;
+pub use trace::write_out as write_out_trace;
 use userfault_store::Store;
 
 /// What may be done with the memory of a region.

@@ -24,7 +24,7 @@ use crate::readahead::Advice;
 use crate::stats::{self, Stats};
 use crate::table::BlockError;
 use crate::workers::Lead;
-use crate::{Access, Pages, RegionOptions, access, evict, poison, staging};
+use crate::{Access, Pages, RegionOptions, access, evict, poison, staging, trace};
 
 /// The largest block, bytes.
 pub const LARGEST_BLOCK: usize = 64 << 20;
@@ -163,7 +163,9 @@ impl Region {
             )));
         }
         let memory = memory(&options, &shape, limit)?;
-        let own_pool = options.memory_limit.map(|limit| Arc::new(Pool::new(limit)));
+        // A recording may hold regions to less than they asked for; their shape is the same.
+        let own_limit = trace::limit().or(options.memory_limit);
+        let own_pool = own_limit.map(|limit| Arc::new(Pool::new(limit)));
         let body = Arc::new(Body::new(Plan {
             id: engine.next_id(),
             name: options.name,
@@ -184,6 +186,9 @@ impl Region {
             own.admit(body.block as u64);
         }
         engine.admit(&body);
+        if let Some(recorder) = &engine.recorder {
+            recorder.admit(&body, engine.pool_of(&body).figures().limit);
+        }
         let region = Arc::new(Region {
             body,
             state: AtomicU8::new(OPEN),

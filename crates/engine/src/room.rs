@@ -235,7 +235,14 @@ impl Engine {
                 let left = self.with_seat(seat, |victim| {
                     evict::release(self, victim, seat.block, lead)
                 });
-                *passed = if left { 0 } else { *passed + 1 };
+                if left {
+                    *passed = 0;
+                } else if self.with_seat(seat, |victim| {
+                    victim.lock().state(seat.block) == State::Resting
+                }) {
+                    // It had to stay. An entry whose block came back by a touch says nothing of others.
+                    *passed += 1;
+                }
                 Some(left)
             }
         }

@@ -43,6 +43,7 @@ fn _native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(region::set_memory_limit, m)?)?;
     m.add_function(wrap_pyfunction!(stats::stats, m)?)?;
     m.add_class::<served::Served>()?;
+    m.add_function(wrap_pyfunction!(stats::write_out_trace, m)?)?;
     m.add_class::<tracked_memory::TrackedMemory>()?;
     m.add_class::<checkpointer::Checkpointer>()?;
     m.add_class::<checkpointer::SavedPoint>()?;

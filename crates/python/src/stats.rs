@@ -97,3 +97,9 @@ figures! {
 pub fn stats(py: Python<'_>) -> Stats {
     py.detach(userfault_engine::stats).into()
 }
+
+/// Writes out what has been recorded for `userfault trace` so far.
+#[pyfunction]
+pub fn write_out_trace(py: Python<'_>) {
+    py.detach(userfault_engine::write_out_trace);
+}

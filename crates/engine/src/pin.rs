@@ -12,6 +12,7 @@ use crate::block::State;
 use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::pool::Queue;
 use crate::table::Table;
 
 /// A pinned range; dropping it unpins.
@@ -41,8 +42,15 @@ fn add(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
     }
 }
 
-/// Takes a pin away; returns the bytes that are pinned no more.
-fn take(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
+/// Takes a pin away; returns the bytes that are pinned no more. Adds the block to `homeless` if it has to be
+/// given a place in the queues again.
+fn take(
+    table: &mut Table,
+    body: &Body,
+    block: u32,
+    write: bool,
+    homeless: &mut Vec<(u32, Queue)>,
+) -> u64 {
     // A pin that failed may cover blocks that it did not get: no device has written there.
     let had = matches!(
         table.state(block),
@@ -59,10 +67,31 @@ fn take(table: &mut Table, body: &Body, block: u32, write: bool) -> u64 {
     if pins.count > 0 {
         return 0;
     }
-    if pins.holds == 0 {
-        table.pins.remove(&block);
-    }
+    forget_if_over(table, block, homeless);
     body.block_len(block) as u64
+}
+
+/// Forgets the pins of a block when the last has ended. It may have lost its place in the queues meanwhile.
+fn forget_if_over(table: &mut Table, block: u32, homeless: &mut Vec<(u32, Queue)>) {
+    let Some(pins) = table.pins.get(&block) else {
+        return;
+    };
+    if pins.count > 0 || pins.holds > 0 {
+        return;
+    }
+    if pins.unseated {
+        let state = table.state(block);
+        // Whoever cleans or writes it gives it back as it was; an entry in the wrong queue is dropped when
+        // its turn comes.
+        let owned = matches!(state, State::Cleaning | State::Writing);
+        if owned || state == State::Resident {
+            homeless.push((block, Queue::Main));
+        }
+        if owned || state == State::Resting {
+            homeless.push((block, Queue::Resting));
+        }
+    }
+    table.pins.remove(&block);
 }
 
 /// Waits until a pinned block is resident.
@@ -121,7 +150,7 @@ impl Pin {
                 for earlier in pools.iter().flatten().take(index) {
                     earlier.unpin(fresh);
                 }
-                pin.undo();
+                pin.undo(engine);
                 return Err(Error::Memory {
                     asked: fresh,
                     limit: room,
@@ -136,13 +165,20 @@ impl Pin {
     }
 
     /// Takes the marks away without giving back what was never taken from the pools.
-    fn undo(&mut self) -> u64 {
+    fn undo(&mut self, engine: &Engine) -> u64 {
         self.released = true;
+        let mut homeless = Vec::new();
         let mut table = self.body.lock();
-        self.blocks
+        let freed = self
+            .blocks
             .clone()
-            .map(|block| take(&mut table, &self.body, block, self.write))
-            .sum()
+            .map(|block| take(&mut table, &self.body, block, self.write, &mut homeless))
+            .sum();
+        drop(table);
+        for (block, queue) in homeless {
+            engine.seat(&self.body, block, queue);
+        }
+        freed
     }
 
     /// Ends the pin. Does nothing the second time, or in a forked child.
@@ -150,8 +186,8 @@ impl Pin {
         if self.released || self.body.generation != crate::fork::generation() {
             return;
         }
-        let freed = self.undo();
         if let Some(engine) = Engine::existing() {
+            let freed = self.undo(engine);
             for pool in [self.body.own_pool.as_deref(), Some(&*engine.pool)]
                 .into_iter()
                 .flatten()
@@ -178,6 +214,7 @@ impl Drop for Pin {
 /// Keeps one block resident for the length of a copy. It counts as one of the blocks that a thread needs
 /// to run, not as pinned memory.
 pub(crate) struct Hold<'a> {
+    engine: &'static Engine,
     body: &'a Arc<Body>,
     block: u32,
 }
@@ -196,7 +233,11 @@ impl<'a> Hold<'a> {
             table.holds += 1;
             table.pins.entry(block).or_default().holds += 1;
         }
-        let hold = Hold { body, block };
+        let hold = Hold {
+            engine,
+            body,
+            block,
+        };
         make_resident(engine, body, block)?;
         Ok(hold)
     }
@@ -206,12 +247,15 @@ impl Drop for Hold<'_> {
     fn drop(&mut self) {
         let mut table = self.body.lock();
         table.holds -= 1;
+        let mut homeless = Vec::new();
         if let Some(pins) = table.pins.get_mut(&self.block) {
             pins.holds -= 1;
-            if pins.holds == 0 && pins.count == 0 {
-                table.pins.remove(&self.block);
-            }
         }
+        forget_if_over(&mut table, self.block, &mut homeless);
         self.body.changed(&table);
+        drop(table);
+        for (block, queue) in homeless {
+            self.engine.seat(self.body, block, queue);
+        }
     }
 }

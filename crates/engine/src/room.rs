@@ -343,10 +343,11 @@ impl Engine {
     }
 }
 
-/// Claims a block for eviction out of `from`. One that is pinned, or that its owner will give back to the
-/// same queue, keeps a place there; the entry of one that has gone elsewhere is dropped. One that is being
-/// brought in has gone elsewhere too: its entry is from before, and the fill that looks for room would find
-/// itself as its only victim again and again.
+/// Claims a block for eviction out of `from`. One that its owner will give back to the same queue keeps a
+/// place there; the entry of one that has gone elsewhere is dropped. One that is being brought in has gone
+/// elsewhere too: its entry is from before, and the fill that looks for room would find itself as its only
+/// victim again and again. One that is pinned gets its place back when the pin ends: a queue of pinned
+/// blocks would hide that it has nobody to give, and others, which may, would not be asked.
 pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State) -> bool {
     let mut table = body.lock();
     let state = table.state(block);
@@ -354,6 +355,12 @@ pub(crate) fn claim_victim(engine: &Engine, body: &Body, block: u32, from: State
         return true;
     }
     let (closed, refilling) = (table.closed, table.refilling(block));
+    if state == from
+        && let Some(pins) = table.pins.get_mut(&block)
+    {
+        pins.unseated = true;
+        return false;
+    }
     drop(table);
     // Evictions and fills put their block into a queue themselves at the end. An entry kept here for them
     // would name a block that is not in the queue's state any more. A refill gives back what it took.

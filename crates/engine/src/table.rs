@@ -44,6 +44,8 @@ pub struct Pins {
     pub writers: u32,
     /// Copies through the mapping under way, which are no pins: they end by themselves.
     pub holds: u32,
+    /// The block has lost its place in its pool's queues: it gets one back when the last of these ends.
+    pub unseated: bool,
 }
 
 /// The state of every block of a region.

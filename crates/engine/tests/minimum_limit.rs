@@ -321,3 +321,34 @@ fn more_pinned_memory_than_the_limit_is_an_error_and_not_a_hang() {
         }
     });
 }
+
+#[test]
+fn what_is_pinned_does_not_stand_in_the_way_of_who_may_leave() {
+    // As much is pinned as may be. Of the four blocks left two are on probation and two rest, which is a
+    // tenth of the limit each, and so not too many: it would be for the pinned ones to leave.
+    apart!(60, {
+        for kind in kinds() {
+            let blocks = 40;
+            let len = blocks * kind.block;
+            let store = Bytes::ready(patterned(len));
+            let limit = Some(20 * kind.block as u64);
+            let region = Region::open(store, options(kind, Access::ReadWrite, len, limit)).unwrap();
+            for first in [4, 20] {
+                let pin = region
+                    .pin((first * kind.block) as u64, 16 * kind.block as u64, false)
+                    .unwrap();
+                for at in (0..3 * len).step_by(kind.block) {
+                    let at = at % len;
+                    touch::write(&region, at, touch::read(&region, at));
+                }
+                drop(pin);
+            }
+            // Those that were pinned leave like any other.
+            for at in (0..len).step_by(kind.block) {
+                assert_eq!(touch::read(&region, at), pattern(at));
+            }
+            let stats = region.stats();
+            assert!(stats.resident + stats.resting <= stats.limit, "{stats:?}");
+        }
+    });
+}

@@ -134,6 +134,9 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Resu
         let harvest = engine.harvest_mapped(body, pages);
         record(&mut body.lock(), &harvest);
     }
+    for held in held {
+        engine.note_cleaned(body, held.block);
+    }
     let mut runs = {
         let mut table = body.lock();
         for held in held {

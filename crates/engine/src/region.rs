@@ -482,6 +482,11 @@ impl Region {
             }
             return Err(error);
         }
+        for block in 0..body.all_blocks() {
+            if body.lock().state(block) == State::Resting {
+                engine.check_content(body, block);
+            }
+        }
         self.seal(engine, None);
         Ok(())
     }

@@ -1,9 +1,9 @@
 //! The debug option: blocks that are not dirty must leave memory as they came.
 //!
-//! With USERFAULT_DEBUG=hash in the environment every block is hashed when it is mapped and again when it is
-//! released. If nobody was seen to write it in between and the bytes differ, a write was missed: the process
-//! says where and aborts, rather than lose it. `make soak` runs with it. Private memory, which nobody can
-//! write, is left out.
+//! With USERFAULT_DEBUG=hash in the environment every block is hashed when it is mapped, when it has been
+//! protected for a write-back, and again when it is released: by eviction, or when its region is closed. If
+//! nobody was seen to write it in between and the bytes differ, a write was missed: the process says where and
+//! aborts, rather than lose it. `make soak` runs with it. Private memory, which nobody can write, is left out.
 
 use std::hash::{DefaultHasher, Hasher};
 
@@ -31,14 +31,35 @@ impl Engine {
         }
     }
 
-    /// Compares what an owned, unmapped block holds with what it held when it was mapped.
+    /// Notes what a block holds that is held in Cleaning, after it was protected: whatever is written from
+    /// here on leaves evidence, and so takes the note away. Not if a device may write to it, which leaves none.
+    pub(crate) fn note_cleaned(&self, body: &Body, block: u32) {
+        if !self.hashing || !body.memory.shared() || !self.tracks(body) {
+            return;
+        }
+        {
+            let table = body.lock();
+            // What was noted before still holds: a new note would hide what went wrong since.
+            if table.write_pinned(block) || table.hashes.contains_key(&block) {
+                return;
+            }
+        }
+        let mut bytes = vec![0; body.block_len(block)];
+        body.memory.copy_held(body.start(block), &mut bytes);
+        self.note_content(body, block, &bytes);
+    }
+
+    /// Compares what an unmapped block holds, that nobody else can take, with what was noted of it.
     pub(crate) fn check_content(&self, body: &Body, block: u32) {
         if !self.hashing || !body.memory.shared() {
             return;
         }
         let noted = {
             let mut table = body.lock();
-            debug_assert_eq!(table.state(block), State::Evicting);
+            debug_assert!(
+                table.state(block) == State::Evicting
+                    || (table.closed && table.state(block) == State::Resting)
+            );
             table.hashes.remove(&block)
         };
         let Some(noted) = noted else { return };
@@ -48,7 +69,7 @@ impl Engine {
         );
         if found != noted {
             crate::say::line(&format!(
-                "userfault: {}: block at offset {} changed without being seen: hash {noted:#x} when mapped, \
+                "userfault: {}: block at offset {} changed without being seen: hash {noted:#x} when mapped or cleaned, \
                  {found:#x} at release",
                 body.name,
                 body.start(block),

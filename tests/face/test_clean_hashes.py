@@ -1,4 +1,4 @@
-"""USERFAULT_DEBUG=hash: a write that the engine has not seen ends the process where it is about to be lost."""
+"""USERFAULT_DEBUG=hash: a write that the engine has not seen ends the process where it would be lost."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Resu
         for held in held {
             if table.write_pinned(held.block) {
                 // A device writes behind the page tables: everything may have changed.
-                table.home.insert(body.pages(held.block));
+                table.mark_dirty(body.pages(held.block));
             }
         }
         let runs = table.home.runs(pages.clone());
@@ -186,7 +186,7 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Resu
     let mut waited = Vec::new();
     for held in held {
         if table.write_pinned(held.block) {
-            table.home.insert(body.pages(held.block));
+            table.mark_dirty(body.pages(held.block));
         }
         let state = if held.mapped {
             State::Resident

@@ -12,7 +12,7 @@ use crate::block::State;
 use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::pool::Queue;
+use crate::policy::Queue;
 use crate::table::Table;
 
 /// A pinned range; dropping it unpins.
@@ -85,7 +85,7 @@ fn forget_if_over(table: &mut Table, block: u32, homeless: &mut Vec<(u32, Queue)
         // its turn comes.
         let owned = matches!(state, State::Cleaning | State::Writing);
         if owned || state == State::Resident {
-            homeless.push((block, Queue::Main));
+            homeless.push((block, Queue::Mapped(table.memo(block).rank())));
         }
         if owned || state == State::Resting {
             homeless.push((block, Queue::Resting));

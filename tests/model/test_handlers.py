@@ -28,6 +28,8 @@ def test_the_mended_handler_is_exhausted_without_a_violation(name: str) -> None:
         ("forgets_eagain", "T1 cannot go on: sleep until the fault"),
         ("retries_while_readable", "T1 cannot go on: sleep until the fault"),
         ("closes_too_early", r"read b'\x00'"),
+        ("fills_late", "read b'd'"),
+        ("trusts_the_order", r"read b'\x00'"),
         ("serves_itself", "T1 cannot go on"),
         ("reads_into_served_memory", "T1 cannot go on"),
         ("allocates_in_fork", "T1 cannot go on: sleep until Fork"),

@@ -21,6 +21,9 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+/// What has gone is kept until the memory is known to be at rest; from so many on that is asked for.
+const MOST_GONE: usize = 64;
+
 /// Bytes of a piece, at an address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Segment<T> {
@@ -116,6 +119,11 @@ impl<T: Clone> Layout<T> {
         self.beneath.clear();
         self.lately.clear();
         self.vacated.clear();
+    }
+
+    /// True if so much has gone since the memory was last known to be at rest that it is worth asking.
+    pub(crate) fn wants_rest(&self) -> bool {
+        self.beneath.len() + self.lately.len() + self.vacated.len() > MOST_GONE
     }
 
     /// munmap() took a range away.
@@ -303,6 +311,20 @@ mod tests {
         assert_eq!(at(&child, 510), Some(('b', 10)), "unmapped after the fork");
         assert_eq!(at(&child, 560), Some(('b', 60)), "moved after the fork");
         assert_eq!(at(&child, 160), None, "long gone");
+    }
+
+    #[test]
+    fn what_has_gone_is_not_kept_for_ever() {
+        let mut layout = layout(&[(100, 10, 'a')]);
+        let mut place = 100;
+        while !layout.wants_rest() {
+            layout.remap(place..place + 10, place + 10);
+            place += 10;
+        }
+        assert!(place < 100 + 10 * (MOST_GONE + 2));
+        layout.at_rest();
+        assert!(!layout.wants_rest());
+        assert_eq!(at(&layout, place + 3), Some(('a', 3)));
     }
 
     #[test]

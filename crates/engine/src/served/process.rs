@@ -172,8 +172,11 @@ impl Process {
         touches: &mut VecDeque<Touch>,
     ) -> Reading {
         let mut members = self.family.members.write();
-        if !members.contains_key(&self.id) {
+        let Some(member) = members.get_mut(&self.id) else {
             return Reading::Done;
+        };
+        if member.layout.wants_rest() && self.probe() == libc::ENOENT {
+            member.layout.at_rest();
         }
         let mut buffer = MessageBuffer::<BATCH>::new();
         let messages = match self.uffd.read_messages(&mut buffer) {
@@ -307,14 +310,17 @@ impl Process {
 
     /// True if the process has ended (or executed another program): it is forgotten then.
     pub(super) fn retire_if_gone(self: &Arc<Self>, engine: &'static Engine) -> bool {
-        // Lifts a protection that is not there: for a living process that is ENOENT, or EAGAIN while an event
-        // is unread. So low nobody has registered anything.
-        let outcome = self.uffd.writeprotect(LOW, small_page().min(LOW), 0);
-        let gone = outcome.errno == libc::ESRCH;
+        let gone = self.probe() == libc::ESRCH;
         if gone {
             self.retire(engine);
         }
         gone
+    }
+
+    /// Asks how it is, by a call that changes nothing: it lifts a protection where nothing can be registered.
+    /// ENOENT: it lives and is at rest; EAGAIN: it lives, and an event is on its way; ESRCH: it is gone.
+    fn probe(&self) -> i32 {
+        self.uffd.writeprotect(LOW, small_page().min(LOW), 0).errno
     }
 
     /// Forgets the process: nobody is served there any more. Its userfaultfd is closed when the last fill has

@@ -15,11 +15,13 @@ from userfault.model.explorer import Scenario
 
 NAMES: Final = (
     "forgets_eagain",
+    "fills_late",
     "forgets_to_wake",
     "retries_while_readable",
     "closes_too_early",
     "serves_itself",
     "reads_into_served_memory",
+    "trusts_the_order",
     "allocates_in_fork",
 )
 

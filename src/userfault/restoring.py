@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from userfault import _native
+from userfault import _native, working_set
 from userfault.errors import CorruptError
 from userfault.opening import Options, private_region, region_over
 from userfault.region import Region
@@ -36,11 +36,19 @@ class State(Mapping[str, NDArray[Any]]):
     """The arrays of a point, by name; made by `restore`. A context manager that closes itself."""
 
     def __init__(
-        self, point: _native.OpenPoint, arrays: dict[str, NDArray[Any]], regions: list[Region]
+        self,
+        directory: str | os.PathLike[str],
+        point: _native.OpenPoint,
+        arrays: dict[str, NDArray[Any]],
+        regions: dict[int, Region],
     ) -> None:
-        self._point = point
+        self._directory = directory
+        self._point: _native.OpenPoint | None = point
         self._arrays = arrays
         self._regions = regions
+        self._known = working_set.read(directory, point.step, point.time) if regions else None
+        self._touched: dict[int, working_set.Ranges] = {data: [] for data in regions}
+        self._looked_at = dict.fromkeys(regions, 0)
         self._stop = threading.Event()
         self._filler: threading.Thread | None = None
         self.step = point.step
@@ -62,10 +70,11 @@ class State(Mapping[str, NDArray[Any]]):
     def fill(self, *, wait: bool = False) -> None:
         """Brings in everything in the background, as far as the memory limit allows; restore() begins it.
 
-        With `wait` it returns when that is done. Raises PoisonedError if `wait` and a block cannot be had.
+        What an earlier restore of the point touched first comes first. With `wait` it returns when that is
+        done. Raises PoisonedError if `wait` and a block cannot be had.
         """
         if wait:
-            for region in self._regions:
+            for region in self._regions.values():
                 region.prefetch([(0, len(region))], wait=True)
         elif self._filler is None and self._regions:
             self._filler = threading.Thread(target=self._fill, name="userfault-fill", daemon=True)
@@ -74,11 +83,39 @@ class State(Mapping[str, NDArray[Any]]):
     def _fill(self) -> None:
         # A block that cannot be had is told to whoever touches it; a region that is closed ends the fill.
         with contextlib.suppress(Exception):
-            for region in self._regions:
+            for data, region in self._regions.items():
+                first = (self._known or {}).get(data, [])
+                for start, length in first:
+                    for part in range(start, min(start + length, len(region)), _FILL):
+                        if self._stop.is_set():
+                            return
+                        end = min(part + _FILL, start + length, len(region))
+                        region.prefetch([(part, end - part)], wait=True)
+            for data, region in self._regions.items():
                 for start in range(0, len(region), _FILL):
                     if self._stop.is_set():
                         return
-                    region.prefetch([(start, min(_FILL, len(region) - start))], wait=True)
+                    length = min(_FILL, len(region) - start)
+                    self._look(data, start, length)
+                    region.prefetch([(start, length)], wait=True)
+
+    def _look(self, data: int, start: int, length: int) -> None:
+        """Notes what is there already: it was touched before we came to it."""
+        if self._known is None:
+            region = self._regions[data]
+            self._touched[data] += working_set.runs(region.resident(start, length), region.block, start)
+            self._looked_at[data] = start + length
+
+    def _keep_working_set(self) -> None:
+        if self._known is not None:
+            return
+        for data, region in self._regions.items():
+            start = self._looked_at[data]
+            if start < len(region):
+                self._look(data, start, len(region) - start)
+        if any(self._touched.values()):
+            working_set.write(self._directory, self.step, self.time, self._touched)
+            self._known = self._touched
 
     def close(self) -> None:
         """Gives the memory of a lazy restore up. Closing again does nothing.
@@ -88,14 +125,17 @@ class State(Mapping[str, NDArray[Any]]):
         self._stop.set()
         if self._filler is not None and self._filler is not threading.current_thread():
             self._filler.join()
+        self._keep_working_set()
         held, self._arrays = self._arrays, {}
         # Dropped here, so that only what others hold counts.
         shapes = set(held)
         held.clear()
         del shapes
-        for region in self._regions:
+        for region in self._regions.values():
             region.close()
-        self._regions = []
+        self._regions = {}
+        # Its files are anybody's to prune from here on.
+        self._point = None
 
     def __enter__(self) -> State:
         return self
@@ -125,7 +165,9 @@ def restore(
 
     - `names`: only these arrays.
     - `lazy`: arrays whose bytes are read, and checked, when they are touched; the rest follows in the
-      background. False reads all of it now, with all processors, into ordinary NumPy arrays.
+      background. What the first restore of a point touched before the background came to it is kept
+      beside the point and fetched first by the next one. False reads all of it now, with all processors,
+      into ordinary NumPy arrays.
     - `mode`: "c" for lazy arrays that may be written, privately; "r" for read-only ones.
     - `into`: existing arrays by name, of the same number of bytes, that are filled now.
     - `progress(done, total)` is told of bytes as they are read, without `lazy`.
@@ -157,7 +199,7 @@ def restore(
         shapes[name] = Shape.of(name, _parsed(description), stores[data].nbytes)
     reading = not lazy or into is not None
     arrays: dict[str, NDArray[Any]] = {}
-    regions: list[Region] = []
+    regions: dict[int, Region] = {}
     opened: dict[int, Region | NDArray[np.uint8]] = {}
     total = sum(stores[data].nbytes for data in {known[name][1] for name in wanted})
     done = 0
@@ -177,10 +219,10 @@ def restore(
             continue
         if data not in opened:
             opened[data] = _region(store, mode)
-            regions.append(cast(Region, opened[data]))
+            regions[data] = cast(Region, opened[data])
         # What was tracked began somewhere in a page, and so it does again.
         arrays[name] = cast(Region, opened[data]).ndarray(shape.dtype, shape.shape, "C", store.lead)
-    state = State(point, arrays, regions)
+    state = State(directory, point, arrays, regions)
     state.fill()
     return state
 

@@ -82,7 +82,9 @@ def bank(folder: Path, huge: bool) -> tuple[dict[str, Any], dict[str, Words]]:
         arrays["huge arena 1"] = many.zeros(900_000, np.uint8)
         arrays["huge arena 2"] = many.zeros(2_500_000, np.uint8)
     raw = {
-        name: storage if array is tensor else np.frombuffer(array, np.uint8).reshape(-1)
+        name: storage
+        if array is tensor
+        else np.frombuffer(array, np.uint8).reshape(-1)
         if isinstance(array, bytearray)
         else array.reshape(-1).view(np.uint8)
         for name, array in arrays.items()

@@ -100,7 +100,8 @@ def test_several_threads_save_by_one_checkpointer(tmp_path: Path) -> None:
             thread.join()
         assert not failed
         steps = ck.steps()
-    assert len(steps) >= 60 and steps == sorted(set(steps))
+    assert len(steps) >= 60
+    assert steps == sorted(set(steps))
     for step, expected in copies.items():
         with userfault.restore(tmp_path / "points", step, lazy=False) as state:
             assert np.array_equal(state["a"], expected), step

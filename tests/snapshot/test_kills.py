@@ -8,8 +8,8 @@ import pytest
 
 from conftest import RunChild
 
-# Forks the program again and again from a parent that has imported everything, and kills it. In step s the pages
-# (37 s + 0 ... 37 s + 36) mod PAGES are set to s, so that what a point must hold can be said of any step.
+# Forks the program again and again from a parent that has imported everything, and kills it. In step s the
+# pages (37 s + 0 ... 37 s + 36) mod PAGES are set to s, so that what a point holds can be said of any step.
 PROGRAM = """
 import os, random, signal, sys, time
 from pathlib import Path

@@ -95,6 +95,7 @@ impl Checkpointer {
             None => Manifest::new(identity()),
         };
         folder.remove_leftovers(|number| manifest.names(number))?;
+        folder.remove_working_sets(|step| manifest.points.iter().any(|point| point.step == step));
         let next_segment = manifest
             .points
             .iter()

@@ -188,14 +188,7 @@ impl Shared {
     fn method(&self) -> Vec<(String, &'static str)> {
         self.arrays
             .iter()
-            .map(|(name, _, data)| {
-                let way = match &self.sources[*data].way {
-                    Way::Copied => "copied",
-                    Way::Silent(_) => "tracked",
-                    Way::Guarded(_) => "guarded",
-                };
-                (name.clone(), way)
-            })
+            .map(|(name, _, data)| (name.clone(), self.sources[*data].why))
             .collect()
     }
 }

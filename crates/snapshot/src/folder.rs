@@ -332,6 +332,25 @@ impl Folder {
         Ok(numbers)
     }
 
+    /// Removes working sets, which restores leave beside their points, unless their step is kept. They are
+    /// advice: one that cannot be removed harms nobody.
+    pub fn remove_working_sets(&self, kept: impl Fn(u64) -> bool) {
+        let Ok(items) = fs::read_dir(&self.path) else {
+            return;
+        };
+        for item in items.flatten() {
+            let name = item.file_name();
+            let step = name
+                .to_str()
+                .and_then(|name| name.strip_prefix("working-set-"))
+                .and_then(|rest| rest.get(..20))
+                .and_then(|digits| digits.parse().ok());
+            if step.is_some_and(|step| !kept(step)) {
+                let _ = fs::remove_file(item.path());
+            }
+        }
+    }
+
     /// Removes what a killed save left: segments that no point names, and a manifest that was not finished.
     pub fn remove_leftovers(&self, named: impl Fn(u32) -> bool) -> Result<(), Error> {
         for number in self.segments()? {

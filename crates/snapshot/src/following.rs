@@ -2,8 +2,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use userfault_engine::tracked::{Ledger, own_memory, trackable};
+use userfault_engine::tracked::{Ledger, huge_share, own_memory, read_foreign, trackable};
 
 use crate::checkpointer::{Array, Options};
 use crate::entry::PAGE;
@@ -22,6 +23,10 @@ const COMPRESSED_BLOCK: usize = 64 << 10;
 
 /// Foreign arrays below this are copied: tracking them would cost a mapping each. Bytes.
 pub const COPIED_BELOW: usize = 1 << 20;
+
+/// A foreign array on transparent huge pages is copied at the cut if that takes no longer than this; tracking
+/// it would split its pages for good. Beyond it a cut would be felt more than the split.
+const COPY_STALL: Duration = Duration::from_millis(3);
 
 /// How an array is followed.
 pub fn source(
@@ -44,6 +49,7 @@ pub fn source(
         way: Way::Copied,
         own: own.clone(),
         name: array.name.clone(),
+        why: "copied",
     };
     if array.always_copy {
         return Ok(source);
@@ -64,8 +70,10 @@ pub fn source(
             });
             groups[at].arrays.push(number);
             source.way = Way::Guarded(at);
+            source.why = "guarded";
         } else if whole.start < whole.end {
             source.way = Way::Silent(Ledger::open(whole.start, whole.len())?);
+            source.why = "tracked";
         }
         return Ok(source);
     }
@@ -79,9 +87,35 @@ pub fn source(
         ))
     };
     trackable(whole.clone()).map_err(|why| refused(why.to_string()))?;
+    let splits = huge_share(whole.clone()) * 2 > whole.len();
+    if splits && array.nbytes <= options.staging / 2 && copied_within(array, COPY_STALL)? {
+        source.why = "copied (its huge pages stay whole)";
+        return Ok(source);
+    }
     let ledger = Ledger::open(whole.start, whole.len()).map_err(|why| refused(why.to_string()))?;
     source.way = Way::Silent(ledger);
+    source.why = if splits {
+        "tracked (its huge pages are split)"
+    } else {
+        "tracked"
+    };
     Ok(source)
+}
+
+/// True if copying all of an array at a cut takes no longer than `limit`, by the speed at which a part of it is
+/// copied now.
+fn copied_within(array: &Array, limit: Duration) -> Result<bool, Error> {
+    const PART: usize = 4 << 20;
+    let part = array.nbytes.min(PART);
+    let mut buffer = vec![0u8; part];
+    let mut best = Duration::MAX;
+    for _ in 0..3 {
+        let began = Instant::now();
+        read_foreign(&[(array.start, part)], &mut buffer)
+            .map_err(|error| Error::Memory(format!("array {:?}: {error}", array.name)))?;
+        best = best.min(began.elapsed());
+    }
+    Ok(best.mul_f64(array.nbytes as f64 / part as f64) <= limit)
 }
 
 /// The index of each array as the last point has it, where the arrays are laid out as they were.

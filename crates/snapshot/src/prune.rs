@@ -42,6 +42,9 @@ pub fn prune(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<()
             return Err(error);
         }
         *manifest = shorter;
+        shared
+            .folder
+            .remove_working_sets(|step| manifest.points.iter().any(|point| point.step == step));
     }
     let (kept, gone): (Vec<u32>, Vec<u32>) = candidates
         .into_iter()

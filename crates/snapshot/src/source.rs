@@ -45,6 +45,8 @@ pub struct Source {
     pub own: Option<Arc<Tracked>>,
     /// For messages.
     pub name: String,
+    /// The way in words, for whoever asks how the array is followed.
+    pub why: &'static str,
 }
 
 impl Source {
@@ -161,6 +163,7 @@ mod tests {
             way: Way::Copied,
             own: None,
             name: "a".into(),
+            why: "copied",
         }
     }
 

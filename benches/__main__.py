@@ -55,7 +55,7 @@ def main() -> None:
             }
             for bar in comparison.bars:
                 got, verdict = report.judge(comparison, bar, found)
-                print(f"  {bar.kind} {bar.limit:g}: {bar.subject} / {bar.against} = {got} {verdict}")
+                print(f"  {bar.kind} {bar.limit:g}: {bar} = {got} {verdict}")
     finally:
         if not options.keep_files:
             files.remove_kept()

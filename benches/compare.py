@@ -41,12 +41,15 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Bar:
-    """What a ratio of medians has to be."""
+    """What a ratio of medians has to be; without `against` what the median itself has to be, in its unit."""
 
     subject: str
     against: str
     limit: float
     kind: Literal["bar", "goal"] = "bar"
+
+    def __str__(self) -> str:
+        return f"{self.subject} / {self.against}" if self.against else self.subject
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Comparison:
     contestants: tuple[Contestant, ...]
     bars: tuple[Bar, ...] = ()
     rounds: int = 5
+    columns: tuple[str, ...] = ("cpu_s", "disk_read", "disk_written", "page_tables")
+    """Facts that the page shows beside the value; `report.COLUMNS` says how."""
     file: Callable[[], contextlib.AbstractContextManager[tuple[Path, tuple[str, ...]]]] | None = None
     """Makes the file that a sample works on, cold; with further arguments for the workload."""
     check: Callable[[Path], None] = field(default=lambda path: None)

@@ -9,6 +9,10 @@ from typing import Literal
 from benches.compare import Bar, Comparison, Contestant
 from benches.files import fresh, in_tmpfs, is_sorted, kept, on_disk, sparse
 from benches.memory import MIB
+from benches.model import TABLES
+from userfault.model.scenarios.engine import RULES, SITUATIONS
+from userfault.model.scenarios.handlers import NAMES as HANDLERS
+from userfault.model.scenarios.history import NAMES as DEFECTS
 
 GIB = 1 << 30
 
@@ -300,6 +304,60 @@ def _scaling(what: str) -> Comparison:
     )
 
 
+def _replay() -> Comparison:
+    return Comparison(
+        name="model-replay",
+        title="The executable model: replaying a kernel's measured cases",
+        text=(
+            "Every row of a table is run on the model of that kernel and compared, on one core. The tables "
+            "are those of the oracle; they are not part of the repository."
+        ),
+        workload=("model-replay",),
+        unit="s",
+        better="less",
+        contestants=tuple(Contestant(f"Linux {version}", "subject", _memory(version)) for version in TABLES),
+        bars=(Bar("Linux 6.18", "", 60),),
+        rounds=3,
+        columns=("cpu_s", "agree", "disagree", "unsupported"),
+    )
+
+
+def _explored(
+    group: str, what: str, names: tuple[str, ...], title: str, text: str, limit: float
+) -> Comparison:
+    """How long the explorer takes for each scenario of a group."""
+    return Comparison(
+        name=f"model-{group}-{what}",
+        title=title,
+        text=text,
+        workload=("model-explore",),
+        unit="s",
+        better="less",
+        contestants=tuple(Contestant(name, "subject", _memory(f"{group}:{name}:{what}")) for name in names),
+        bars=tuple(Bar(name, "", limit) for name in names) if limit else (),
+        rounds=3,
+        columns=("states", "steps", "longest"),
+    )
+
+
+def _explorer() -> tuple[Comparison, ...]:
+    found = "The explorer goes through interleavings, shortest first, until an invariant breaks."
+    exhausted = "The explorer looks at every interleaving; states that are the same are looked at once."
+    situations = tuple(name for name in SITUATIONS if name != "everything")
+    rows = (
+        ("history", "found", DEFECTS, "the kernel's historical defects, found", found, 10),
+        ("history", "exhausted", DEFECTS, "the same, mended, exhausted", exhausted, 60),
+        ("handlers", "found", HANDLERS, "mistakes of fault handlers, found", found, 0),
+        ("handlers", "exhausted", HANDLERS, "the same, mended, exhausted", exhausted, 0),
+        ("engine", "found", tuple(RULES), "wrong rules of the engine, found", found, 0),
+        ("engine", "exhausted", situations, "the engine's protocol, exhausted", exhausted, 0),
+    )
+    return tuple(
+        _explored(group, what, names, f"The explorer: {title}", text, limit)
+        for group, what, names, title, text, limit in rows
+    )
+
+
 COMPARISONS: tuple[Comparison, ...] = (
     _fault("same-cpu", "handler on the same CPU"),
     _fault("other-cpu", "handler on another CPU"),
@@ -322,4 +380,6 @@ COMPARISONS: tuple[Comparison, ...] = (
     _sum(),
     _scaling("size"),
     _scaling("threads"),
+    _replay(),
+    *_explorer(),
 )

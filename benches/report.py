@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -143,49 +144,67 @@ def _bars(comparisons: tuple[Comparison, ...], lines: Lines) -> str:
             sign = "at most" if comparison.better == "less" else "at least"
             got, verdict = judge(comparison, bar, found)
             rows.append(
-                f"| [{comparison.title}](#{comparison.name}) | {bar.subject} / {bar.against} "
-                f"| {bar.kind}: {sign} {bar.limit:g} | {got} | {verdict} |\n"
+                f"| [{comparison.title}](#{comparison.name}) | {bar} "
+                f"| {bar.kind}: {sign} {bar.limit:g}{'' if bar.against else ' ' + comparison.unit} "
+                f"| {got} | {verdict} |\n"
             )
     return "".join(rows)
 
 
 def judge(comparison: Comparison, bar: Bar, found: dict[str, Result]) -> tuple[str, str]:
-    """The ratio as text, and "held", "missed" or why there is none."""
-    for name in (bar.subject, bar.against):
+    """The ratio (or the figure itself) as text, and "held", "missed" or why there is none."""
+    for name in filter(None, (bar.subject, bar.against)):
         if not found[name].values:
             return "", f"not measured: {name}: {found[name].unavailable}"
-    got = ratio(found[bar.subject], found[bar.against])
+    subject = found[bar.subject]
+    got = ratio(subject, found[bar.against]) if bar.against else subject.median
     held = got <= bar.limit if comparison.better == "less" else got >= bar.limit
     return _number(got), "held" if held else "**missed**"
 
 
 def _section(comparison: Comparison, found: list[Result]) -> str:
     there = [result for result in found if result.values]
-    reference = there[0] if there else None
+    # Alone among themselves subjects are different things, not contestants.
+    rivals = any(result.contestant.role != "subject" for result in found)
+    reference = there[0] if there and rivals else None
     lines = [f"\n({comparison.name})=\n## {comparison.title}\n\n{comparison.text}\n"]
     lines.append(f"{comparison.better.capitalize()} is better. `make bench ARGS={comparison.name}`\n\n")
     if there:
         (PICTURES / f"{comparison.name}.svg").write_text(_picture(comparison, there))
         lines.append(f"![{comparison.title}](performance/{comparison.name}.svg)\n\n")
-    against = f"to {reference.contestant.name}" if reference else "ratio"
-    head = [comparison.unit, "least to most", against, "CPU s", "read MB", "written MB", "page tables MB"]
+    against = [f"to {reference.contestant.name}"] if reference else []
+    head = [comparison.unit, "least to most", *against, *(COLUMNS[fact][0] for fact in comparison.columns)]
     lines.append(f"| | {' | '.join(head)} |\n{'|---' * (len(head) + 1)}|\n")
     for result in found:
-        name = f"{result.contestant.name} ({result.contestant.role})"
-        if not result.values or reference is None:
-            lines.append(f"| {name} | | not measured: {result.unavailable} | | | | | |\n")
+        name = f"{result.contestant.name} ({result.contestant.role})" if rivals else result.contestant.name
+        if not result.values:
+            missing = f"not measured: {result.unavailable}"
+            lines.append(f"| {name} | | {missing} {'| ' * (len(head) - 2)}|\n")
             continue
         low, high = min(result.values.values()), max(result.values.values())
         cells = [
             _number(result.median),
             f"{_number(low)} to {_number(high)}",
-            _number(ratio(result, reference)),
-            f"{result.facts.get('cpu_s', 0):.2f}",
-            *(f"{result.facts.get(fact, 0) / 1e6:.0f}" for fact in ("disk_read", "disk_written")),
-            f"{result.facts.get('page_tables', 0) / 1e6:.1f}",
+            *([_number(ratio(result, reference))] if reference else []),
+            *(COLUMNS[fact][1](result.facts.get(fact, 0)) for fact in comparison.columns),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |\n")
     return "".join(lines)
+
+
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "cpu_s": ("CPU s", lambda value: f"{value:.2f}"),
+    "disk_read": ("read MB", lambda value: f"{value / 1e6:.0f}"),
+    "disk_written": ("written MB", lambda value: f"{value / 1e6:.0f}"),
+    "page_tables": ("page tables MB", lambda value: f"{value / 1e6:.1f}"),
+    "agree": ("rows that agree", lambda value: f"{value:.0f}"),
+    "disagree": ("disagree", lambda value: f"{value:.0f}"),
+    "unsupported": ("unsupported", lambda value: f"{value:.0f}"),
+    "states": ("states", lambda value: f"{value:.0f}"),
+    "steps": ("steps between them", lambda value: f"{value:.0f}"),
+    "longest": ("steps of the trace", lambda value: f"{value:.0f}"),
+}
+"""Facts, what their column is called and how they are written."""
 
 
 def _number(value: float) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benches import snapshots
+from benches import model, snapshots
 from benches.memory import MIB, Memory, Unavailable, memory
 from benches.native import library
 
@@ -226,6 +226,7 @@ WORKLOADS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
     "zipf-misses": zipf_misses,
     "sum": total,
     **snapshots.WORKLOADS,
+    **model.WORKLOADS,
 }
 
 
@@ -234,7 +235,7 @@ def main() -> None:
     parser.add_argument("workload", choices=sorted(WORKLOADS))
     parser.add_argument("--memory", required=True)
     parser.add_argument("--path", type=Path)
-    parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--block", type=int, default=PAGE)
     parser.add_argument("--threads", type=int, default=1)

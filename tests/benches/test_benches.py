@@ -95,7 +95,7 @@ def by_name(name: str) -> Comparison:
 def test_every_bar_is_between_contestants_of_its_comparison() -> None:
     for comparison in COMPARISONS:
         names = {contestant.name for contestant in comparison.contestants}
-        assert {name for bar in comparison.bars for name in (bar.subject, bar.against)} <= names
+        assert {name for bar in comparison.bars for name in (bar.subject, bar.against) if name} <= names
 
 
 def test_a_floor_is_measured(tmp_path: Path) -> None:
@@ -145,6 +145,28 @@ def test_the_page_tells_what_was_held_missed_and_not_measured(
     assert "not measured: them <&>: it is not here" in page
     assert "Not run: `sort-disk-2`" in page
     ElementTree.fromstring((tmp_path / "pictures" / "sum.svg").read_text())
+
+
+def test_a_figure_without_a_rival_is_held_to_a_limit_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "pictures")
+    comparison = by_name("model-history-found")
+    lines = report.Lines(tmp_path / "lines.jsonl")
+    for contestant, seconds in zip(comparison.contestants, (0.5, 11.0, *[1.0] * 8), strict=True):
+        lines.add(comparison, contestant.name, 0, {"value": seconds, "states": 7})
+    report.write_page((comparison,), lines)
+    page = (tmp_path / "page.md").read_text()
+    assert "| bar: at most 10 s | 0.5 | held |" in page
+    assert "| bar: at most 10 s | 11 | **missed** |" in page
+
+
+def test_an_exploration_is_measured() -> None:
+    comparison = by_name("model-history-found")
+    sample = take(comparison, comparison.contestants[0])
+    assert float(sample["value"]) > 0
+    assert float(sample["states"]) > 1
 
 
 def test_measuring_again_replaces_only_its_own_lines(tmp_path: Path) -> None:

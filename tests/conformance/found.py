@@ -34,6 +34,22 @@ FOUND: Final = {
         "mremap makes the page table of the new place, also where the old one is empty",
         Program("anon", 1, 0, [("load", 0, 0), ("mremap", 0, 1, 4, 0, 0)]),
     ),
+    "advice that changes nothing": (
+        "madvise and mprotect that change no flag cut no mapping, and so no huge page",
+        Program("thp", 1, 0, [("load", 0, 0), ("close",), ("dofork", 0, 1), ("protect", 0, 1, 3)]),
+    ),
+    "a hole takes the zero page along": (
+        "a punch takes the zero page out of a private mapping, but no page that was written",
+        Program("shmem-private", 1, 0, [("zeropage", 0, 1, 0), ("copy", 1, 1, 9, 0), ("punch", 0, 2)]),
+    ),
+    "fork copies empty tables": (
+        "fork makes the page tables of the child also where the parent's are empty",
+        Program("hugetlb", 3, 2, [("load", 0, 0), ("fork",)]),
+    ),
+    "MADV_FREE leaves huge pages alone": (
+        "MADV_FREE of a part of the huge zero page, or of a huge page that a fork shares, does nothing",
+        Program("thp", 1, 0, [("fork",), ("child", ("load", 0, 0)), ("child", ("free", 0, 1))]),
+    ),
 }
 
 ODDITIES: Final = {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from userfault import abi
 from userfault.model import events
 from userfault.model.context import Context
-from userfault.model.layout import HUGE_PAGE
+from userfault.model.layout import HUGE_PAGE, PUD_SPAN, round_down
 from userfault.model.mm import AddressSpace
 from userfault.model.pagetable import GUARD_MARKER, POISON_MARKER, Entry, Marker, Present, PteTable, Swap
 from userfault.model.process import Process
@@ -77,8 +77,14 @@ def _copy_vma(
 
 
 def _copy_entries(mm: AddressSpace, child_mm: AddressSpace, vma: Vma, copy: Vma) -> None:
+    if vma.hugetlb:
+        for at in range(round_down(vma.start, PUD_SPAN), vma.end, PUD_SPAN):
+            if mm.table.pmd_table(at) is not None:  # the tables are copied also where nothing is in them
+                child_mm.table.pmd_table_alloc(at)
     for at, _, pmd in list(mm.table.tables(vma.start, vma.end)):
-        if type(pmd) is not PteTable:
+        if type(pmd) is PteTable:
+            child_mm.table.pte_table_alloc(at)
+        else:
             kept = _copied(pmd, vma, copy)
             if vma.hugetlb or at % HUGE_PAGE == 0:
                 _put(mm, child_mm, at, pmd, kept, huge=True)
@@ -93,8 +99,6 @@ def _put(
     set_parent = mm.table.set_pmd if huge else mm.table.set_pte
     set_child = child_mm.table.set_pmd if huge else child_mm.table.set_pte
     if kept is None:
-        if not huge:
-            child_mm.table.pte_table_alloc(at)
         return
     if type(kept) is Present and type(old) is Present and old.write and not kept.write:
         set_parent(at, old._replace(write=False))

@@ -144,6 +144,8 @@ def _mark_free(mm: AddressSpace, vma: Vma, start: int, end: int) -> None:
     """madvise_free_single_vma: pages may be dropped under pressure, swap and poison go now."""
     for at, upto, pmd in list(mm.table.tables(start, end)):
         if type(pmd) is Present:
+            if pmd.page.zero or pmd.page.mapcount > 1:
+                continue  # madvise_free_huge_pmd: the huge zero page and a shared one stay as they are
             if upto - at == HUGE_PAGE:
                 pmd.page.lazyfree = True
                 continue
@@ -313,16 +315,16 @@ def mlock(thread: Thread, address: int, length: int, *, on_fault: bool = False) 
 
 # Advice that changes flags.
 
-_FLAGS = (
-    "DONTFORK",
-    "DOFORK",
-    "WIPEONFORK",
-    "KEEPONFORK",
-    "HUGEPAGE",
-    "NOHUGEPAGE",
-    "MERGEABLE",
-    "UNMERGEABLE",
-)
+_FLAGS: dict[str, tuple[str, bool]] = {
+    "DONTFORK": ("dontfork", True),
+    "DOFORK": ("dontfork", False),
+    "WIPEONFORK": ("wipeonfork", True),
+    "KEEPONFORK": ("wipeonfork", False),
+    "HUGEPAGE": ("hugepage", True),
+    "NOHUGEPAGE": ("hugepage", False),
+    "MERGEABLE": ("mergeable", True),
+    "UNMERGEABLE": ("mergeable", False),
+}
 
 
 def _set_flag(mm: AddressSpace, vma: Vma, start: int, end: int, advice: str) -> None:
@@ -331,16 +333,11 @@ def _set_flag(mm: AddressSpace, vma: Vma, start: int, end: int, advice: str) -> 
         _fail(mm, EINVAL)
     if advice == "MERGEABLE" and (vma.shared or vma.hugetlb or vma.special):
         return  # ignored
+    flag, value = _FLAGS[advice]
+    if getattr(vma, flag) is value:
+        return  # nothing to do, and nothing is cut: a huge page over the edge of the range stays whole
     for piece in mm.carve(start, end):
-        match advice:
-            case "DONTFORK" | "DOFORK":
-                piece.dontfork = advice == "DONTFORK"
-            case "WIPEONFORK" | "KEEPONFORK":
-                piece.wipeonfork = advice == "WIPEONFORK"
-            case "HUGEPAGE" | "NOHUGEPAGE":
-                piece.hugepage = advice == "HUGEPAGE"
-            case "MERGEABLE" | "UNMERGEABLE":
-                piece.mergeable = advice == "MERGEABLE"
+        setattr(piece, flag, value)
 
 
 _ADVICE: dict[str, _Advise] = {

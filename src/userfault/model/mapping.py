@@ -135,13 +135,14 @@ def mprotect(thread: Thread, address: int, length: int, protection: int) -> Op[N
     for vma, low, high in list(mm.each(address, end)):
         if low != at:
             break
+        at = high
+        wanted = bool(protection & READ), bool(protection & WRITE), bool(protection & EXEC)
+        if wanted == (vma.read, vma.write, vma.execute):
+            continue  # mprotect_fixup: nothing to do, and nothing is cut
         for piece in mm.carve(low, high):
-            piece.read, piece.write = bool(protection & READ), bool(protection & WRITE)
-            piece.execute = bool(protection & EXEC)
+            piece.read, piece.write, piece.execute = wanted
             if not piece.write:
                 _take_write_access(mm, piece)
-        at = high
-        del vma
     mm.merge(address, end)
     mm.mmap_lock.unwrite()
     if at != end:

@@ -71,8 +71,8 @@ def _zap_entry(
             return
         if entry.poison and not private_too:
             return
-    elif not private_too and not (type(entry) is Present and entry.page.file is not None):
-        return
+    elif not private_too and not (type(entry) is Present and not entry.page.anonymous):
+        return  # should_zap_folio: the zero page counts as the file's
     protected = entry.uffd_wp and type(entry) is not Marker
     keep = protected and vma.modes.wp and not vma.anonymous and not drop_markers
     if type(entry) is Swap:

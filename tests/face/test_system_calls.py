@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,29 +95,114 @@ def test_pwrite_takes_any_array_and_the_region_itself(path: Path) -> None:
         view.release()
 
 
-def test_two_regions_are_copied_into_each_other_under_one_small_limit(path: Path) -> None:
+@pytest.mark.parametrize("way", ["pwrite", "plain copy", "memoryview"])
+@pytest.mark.parametrize("block", ["4KiB", "64KiB"])
+def test_two_regions_are_copied_into_each_other_under_one_small_limit(
+    path: Path, way: str, block: str
+) -> None:
+    """Both ends of each copy are absent, and the other copy wants the same few blocks."""
     other = path.with_name("other.bin")
     other.write_bytes(NOISE[::-1])
-    old = userfault.set_memory_limit("64KiB")
+    half = LENGTH // 2 + 77
+    old = userfault.set_memory_limit(1)
     try:
         with (
-            userfault.open(path, "r+", block="4KiB") as a,
-            userfault.open(other, "r+", block="4KiB") as b,
+            userfault.open(path, "r+", block=block) as a,
+            userfault.open(other, "r+", block=block) as b,
         ):
-            views = memoryview(a), memoryview(b)
+            # a's first part goes to b, b's last part to a: no byte is both read and written.
+            def copy(to: userfault.Region, source: userfault.Region, part: slice) -> None:
+                if way == "pwrite":
+                    with memoryview(source) as view:
+                        to.pwrite(view[part], part.start)
+                elif way == "plain copy":
+                    to.ndarray("u1")[part] = source.ndarray("u1")[part]
+                else:
+                    with memoryview(to) as target, memoryview(source) as view:
+                        target[part] = view[part]
+
             threads = [
-                threading.Thread(target=a.pwrite, args=(views[1], 0)),
-                threading.Thread(target=b.pwrite, args=(views[0], 0)),
+                threading.Thread(target=copy, args=(b, a, slice(0, half))),
+                threading.Thread(target=copy, args=(a, b, slice(half, LENGTH))),
             ]
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join(60)
+                thread.join(100)
                 assert not thread.is_alive()
-            for view in views:
-                view.release()
+        expected = NOISE[:half] + NOISE[::-1][half:]
+        assert path.read_bytes() == expected
+        assert other.read_bytes() == expected
     finally:
         userfault.set_memory_limit(old)
+
+
+def test_pwrite_of_a_part_of_the_region_over_another_part_is_a_plain_move(path: Path) -> None:
+    """As memmove, however far apart they are, and however large."""
+    length = 5_000_000
+    source = np.random.default_rng(8).integers(0, 256, length, dtype=np.uint8)
+    for begin, to in ((0, 1), (0, 70_000), (70_000, 0), (1, 0), (5000, 1_500_000), (1_500_000, 5000)):
+        with userfault.open(
+            MemoryStore(source.tobytes()), "r+", block="16KiB", memory_limit="256KiB"
+        ) as region:
+            expected = source.copy()
+            n = length - max(begin, to)
+            expected[to : to + n] = source[begin : begin + n]
+            with memoryview(region) as view:
+                assert region.pwrite(view[begin : begin + n], to) == n
+                assert np.array_equal(np.frombuffer(view, "u1"), expected)
+
+
+def test_pages_go_through_sockets_pipes_and_files_and_back(path: Path, source: Path) -> None:
+    """send, recv_into, writev, readv, sendfile of the file behind it: each meets absent memory."""
+    with userfault.open(path, "r+", block="4KiB", memory_limit="32KiB") as region:
+        if not region.kernel_faults:
+            pytest.skip("this process may not answer the kernel's faults")
+        with memoryview(region) as view:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                sender = threading.Thread(target=ours.sendall, args=(view[:300_000],))
+                sender.start()
+                done = 0
+                while done < 300_000:
+                    done += theirs.recv_into(view[600_000 + done : 900_000])
+                sender.join()
+            assert view[600_000:900_000] == NOISE[:300_000]
+            read, write = os.pipe()
+            assert os.writev(write, [view[10:20], view[100_000:100_010], view[700_000:700_010]]) == 30
+            assert os.readv(read, [view[950_000:950_010], view[400_000:400_020]]) == 30
+            assert view[950_000:950_010] == NOISE[10:20]
+            assert view[400_000:400_020] == NOISE[100_000:100_010] + NOISE[100_000:100_010]
+            os.close(read)
+            os.close(write)
+            region.flush()
+            with path.open("rb") as file, path.with_name("copy").open("wb") as copy:
+                done = 0
+                while done < LENGTH:
+                    done += os.sendfile(copy.fileno(), file.fileno(), done, LENGTH - done)
+            assert path.with_name("copy").read_bytes() == bytes(view)
+
+
+def test_a_hundred_and_twenty_eight_threads_touch_at_once() -> None:
+    length, threads = 512 << 10, 128
+    with userfault.open(MemoryStore(length), "r+", block="4KiB", memory_limit=1) as region:
+        array = region.ndarray(np.uint64)
+
+        def work(own: np.ndarray[Any, Any], number: int) -> None:
+            # Every thread in every block; NumPy lets go of the interpreter lock in between.
+            for _ in range(2):
+                own += np.uint64(number)
+
+        running = [
+            threading.Thread(target=work, args=(array[number::threads], number)) for number in range(threads)
+        ]
+        for thread in running:
+            thread.start()
+        for thread in running:
+            thread.join(100)
+            assert not thread.is_alive()
+        assert (array.reshape(-1, threads) == 2 * np.arange(threads, dtype=np.uint64)).all()
+        del array, running
 
 
 def test_a_read_only_region_refuses_to_be_written(path: Path) -> None:

@@ -82,15 +82,27 @@ pub(crate) fn write(
     if !body.writable() {
         return Err(Error::ReadOnly);
     }
-    let mut buffer = vec![0; data.len().min(PIECE.max(body.block))];
-    let (mut from, mut start) = (0, offset as usize);
-    while from < data.len() {
-        let len = buffer.len().min(data.len() - from);
+    let (start, len) = (offset as usize, data.len());
+    let piece = PIECE.max(body.block);
+    let mut buffer = vec![0; len.min(piece)];
+    // Cut where blocks end, so that whole blocks are overwritten whole.
+    let cut = |index: usize| (index * piece).clamp(start, start + len);
+    let pieces = start / piece..(start + len).div_ceil(piece);
+    // A source that lies in the region, just before its target, is moved from its end on: as memmove does.
+    let target = body.memory.main() + start;
+    let backwards = (data.as_ptr().addr()..data.as_ptr().addr() + len).contains(&target)
+        && data.as_ptr().addr() != target;
+    for step in 0..pieces.len() {
+        let index = if backwards {
+            pieces.end - 1 - step
+        } else {
+            pieces.start + step
+        };
+        let (from, to) = (cut(index), cut(index + 1));
         // The source may lie in a region, and be absent: it is touched while nothing is owned.
-        buffer[..len].copy_from_slice(&data[from..from + len]);
-        write_own(engine, body, &buffer[..len], start)?;
-        from += len;
-        start += len;
+        let bytes = &mut buffer[..to - from];
+        bytes.copy_from_slice(&data[from - start..to - start]);
+        write_own(engine, body, bytes, from)?;
     }
     Ok(())
 }

@@ -64,6 +64,10 @@ def open(
       then gives it up, "poison" gives it up at once, "auto" retries for remote stores only. Giving up
       means: one line on stderr, SIGBUS for whoever touches it, an entry in `Region.errors`, and
       `Region.heal` to try again. A read that has not come back after `retry_for` seconds counts as failed.
+    - `retry_for`: seconds, above 0. Also how long a write that flush, close, evict, pread or pwrite needs may
+      take (2 s at least; a sync is given a second more for each 16 MiB that was written): then the call
+      raises StoreError with errno ETIMEDOUT, and the data stays in memory, and dirty, until the store has
+      answered.
     - `locking`: None refuses a second writer of a file with InUseError, in this process and in others
       (flock(2)). A reader may join a live writer: it sees each block as the file had it when the block was
       read. True makes a reader exclude writers too; False locks nothing.

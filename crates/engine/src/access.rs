@@ -148,6 +148,7 @@ fn claim_to_overwrite(
 ) -> Result<State, Error> {
     let (start, len) = (body.start(block), body.block_len(block));
     let began = Instant::now();
+    let mut since = None;
     loop {
         let before = {
             let mut table = body.lock();
@@ -159,7 +160,7 @@ fn claim_to_overwrite(
                 return Err(crate::poison::error(&table, body, block));
             }
             if !table.claim(block, Purpose::Write) {
-                body.sleep(&mut table, Duration::from_millis(100));
+                body.await_owner(&mut table, block, &mut since)?;
                 continue;
             }
             before
@@ -167,7 +168,13 @@ fn claim_to_overwrite(
         if before != State::Absent {
             return Ok(before);
         }
-        let room = engine.make_room(body, len as u64, 0, &mut Lead::none(engine));
+        let room = match engine.make_room_patiently(body, len as u64) {
+            Ok(room) => room,
+            Err(error) => {
+                absent_again(engine, body, block);
+                return Err(error);
+            }
+        };
         if room && body.memory.claim(start, len).is_ok() {
             return Ok(before);
         }
@@ -177,12 +184,7 @@ fn claim_to_overwrite(
             engine.give_back(body, len as u64);
             engine.make_way(body, 0, &mut Lead::none(engine));
         }
-        let mut table = body.lock();
-        let waited = body.release(&mut table, block, State::Absent);
-        drop(table);
-        if waited {
-            engine.wake(body, block);
-        }
+        absent_again(engine, body, block);
         if began.elapsed() > NO_ROOM_FOR + body.retry_for {
             return Err(body.lock().pending.take().unwrap_or(Error::Memory {
                 asked: len as u64,
@@ -191,6 +193,16 @@ fn claim_to_overwrite(
             }));
         }
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Lets go of a block that could not be had.
+fn absent_again(engine: &Engine, body: &Body, block: u32) {
+    let mut table = body.lock();
+    let waited = body.release(&mut table, block, State::Absent);
+    drop(table);
+    if waited {
+        engine.wake(body, block);
     }
 }
 

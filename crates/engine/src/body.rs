@@ -5,15 +5,16 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
+use crate::lock::{Condvar, Mutex, MutexGuard, RwLock};
 use userfault_store::Store;
 
 use crate::backing::Backing;
 use crate::block::State;
 use crate::defects::{Defect, put_back};
+use crate::errand;
 use crate::error::Error;
 use crate::memory::{HUGE, Kind, Memory};
 use crate::policy::Seat;
@@ -26,6 +27,9 @@ use crate::{Access, OnError, fork};
 /// Blocks up to this size on small pages are read into a buffer and put in place by UFFDIO_COPY, which
 /// is faster there than reading into the view; larger ones are read into the view. Bytes.
 pub(crate) const COPY_LIMIT: usize = 1 << 20;
+
+/// A sync that makes less than this durable in a second counts as hung, beside the region's `retry_for`.
+const SLOWEST_SYNC: u64 = 16 << 20;
 
 /// How long evictions leave a store alone that refused a write, milliseconds.
 const REFUSED_MS: u32 = 200;
@@ -56,6 +60,10 @@ pub(crate) struct Body {
     pub(crate) flushing: Mutex<()>,
     /// Until when evictions do not try the store again, milliseconds of the engine.
     refused_until: AtomicU32,
+    /// Calls of the store that were declared hung and have not come back.
+    stuck: Arc<AtomicUsize>,
+    /// True while a round of the drain is under way.
+    pub(crate) draining: AtomicBool,
     table: Mutex<Table>,
     changed: Condvar,
     pub(crate) counters: Counters,
@@ -119,6 +127,8 @@ impl Body {
             own_pool: plan.own_pool,
             flushing: Mutex::new(()),
             refused_until: AtomicU32::new(0),
+            stuck: Arc::default(),
+            draining: AtomicBool::new(false),
             table: Mutex::new(Table::new(
                 blocks,
                 pages,
@@ -299,11 +309,14 @@ impl Body {
         }
         let offset = self.store_offset + start as u64;
         let store = &self.store.0;
-        let written = if leaving {
-            store.write_leaving(offset, bytes)
-        } else {
-            store.write(offset, bytes)
-        };
+        let call = ("write", offset, bytes.len() as u64);
+        let written = errand::call(store, call, self.patience(), &self.stuck, || {
+            if leaving {
+                store.write_leaving(offset, bytes)
+            } else {
+                store.write(offset, bytes)
+            }
+        });
         match written {
             Ok(()) => {
                 crate::stats::add(&self.counters.bytes_written, bytes.len() as u64);
@@ -319,17 +332,68 @@ impl Body {
         }
     }
 
+    /// Has the store make durable what it was given. `bytes` were, since the last time.
+    pub(crate) fn sync_store(&self, bytes: u64) -> Result<(), Error> {
+        let store = &self.store.0;
+        let (offset, len) = (self.store_offset, self.len as u64);
+        let patience = self.patience() + Duration::from_secs(bytes / SLOWEST_SYNC);
+        errand::call(store, ("sync", offset, len), patience, &self.stuck, || {
+            store.sync()
+        })
+        .map_err(|error| Error::store(&**store, "sync", offset, len, &error))
+    }
+
+    /// How long a write may take before whoever waits for it is told that it hangs.
+    pub(crate) fn patience(&self) -> Duration {
+        self.retry_for.max(errand::LEAST)
+    }
+
+    /// True while a call of the store hangs.
+    pub(crate) fn stuck(&self) -> bool {
+        self.stuck.load(Ordering::Relaxed) > 0
+    }
+
+    /// The error of a caller who waited too long for a block that somebody else writes.
+    pub(crate) fn block_stuck(&self, block: u32) -> Error {
+        let (offset, len) = (self.start(block), self.block_len(block));
+        let offset = self.store_offset + offset as u64;
+        errand::late(&*self.store.0, "write", offset, len as u64, self.patience())
+    }
+
+    /// Sleeps until a block changes state, or fails when its owner has had it for too long. Fills, and what
+    /// follows them, have deadlines of their own. `since` is the caller's, `None` at first.
+    pub(crate) fn await_owner(
+        &self,
+        table: &mut MutexGuard<'_, Table>,
+        block: u32,
+        since: &mut Option<Instant>,
+    ) -> Result<(), Error> {
+        let began = *since.get_or_insert_with(Instant::now);
+        let writing = matches!(
+            table.state(block),
+            State::Evicting | State::Cleaning | State::Writing
+        );
+        if writing && began.elapsed() > self.patience() {
+            return Err(self.block_stuck(block));
+        }
+        if !writing {
+            *since = None;
+        }
+        self.sleep(table, Duration::from_millis(100));
+        Ok(())
+    }
+
     /// Notes that the store refused a write: evictions leave it alone for a while.
     pub(crate) fn write_failed(&self, now: u32) {
         let until = now.wrapping_add(REFUSED_MS).max(1);
         self.refused_until.store(until, Ordering::Relaxed);
     }
 
-    /// True if the store refused a write a moment ago. A store that refuses is not hammered, and a fault
+    /// True if the store refused a write a moment ago, or does not come back from one. A store that refuses is not hammered, and a fault
     /// that needs room does not wait for one error after the other.
     pub(crate) fn refuses_writes(&self, now: u32) -> bool {
         let until = self.refused_until.load(Ordering::Relaxed);
-        until != 0 && (until.wrapping_sub(now) as i32) > 0
+        self.stuck() || until != 0 && (until.wrapping_sub(now) as i32) > 0
     }
 
     /// Waits for the store's turn, if it can do one read at a time only. With `now`, `None` says that

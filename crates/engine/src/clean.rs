@@ -8,13 +8,15 @@
 //! them while a store computes a checksum.
 
 use std::ops::Range;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::Access;
 use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
+use crate::errand::late;
 use crate::error::Error;
 use crate::kernel::record;
 use crate::staging;
@@ -26,8 +28,10 @@ const TOGETHER: usize = 1 << 20;
 /// Which blocks are worth a write now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Which {
-    /// Everything in memory: a flush.
+    /// Everything in memory, also what somebody else is writing: a flush.
     All,
+    /// Everything in memory that nobody owns now.
+    Free,
     /// What rests and is dirty: it will not change any more before it leaves.
     Resting,
 }
@@ -63,7 +67,7 @@ fn clean_for(
 ) -> Result<(), Error> {
     let mut next = blocks.start;
     while next < blocks.end {
-        let held = hold(body, next..blocks.end, which);
+        let held = hold(body, next..blocks.end, which)?;
         let Some(last) = held.last() else {
             return Ok(());
         };
@@ -79,14 +83,15 @@ struct Held {
 }
 
 /// Claims the next run of neighbouring blocks that may be dirty.
-fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
+fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Result<Vec<Held>, Error> {
     let mut held: Vec<Held> = Vec::new();
+    let mut since = None;
     let mut table = body.lock();
     let mut block = blocks.start;
     while block < blocks.end && held.len() * body.block < TOGETHER.max(body.block) {
         let state = table.state(block);
         let wanted = match state {
-            State::Resident => which == Which::All,
+            State::Resident => which != Which::Resting,
             State::Resting => table.home.any(body.pages(block)),
             _ => false,
         };
@@ -102,7 +107,7 @@ fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
             break;
         } else if state.exclusive() && which == Which::All {
             // A flush covers what its owner is doing: it may be a write-back that fails.
-            body.sleep(&mut table, Duration::from_millis(100));
+            body.await_owner(&mut table, block, &mut since)?;
             continue;
         } else if !wanted && which == Which::Resting {
             // Jump to the next page that is known to be dirty.
@@ -116,11 +121,12 @@ fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Vec<Held> {
             }
         }
         block += 1;
+        since = None;
     }
     while put_back(Defect::FlushHoldsAndWaits) && !held.is_empty() && table.owned > held.len() {
         body.sleep(&mut table, Duration::from_millis(100));
     }
-    held
+    Ok(held)
 }
 
 fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Result<(), Error> {
@@ -205,13 +211,67 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Resu
 }
 
 /// Writes back everything in `blocks` and makes it durable. An error that the background write-back met
-/// since the last flush is raised once.
-pub(crate) fn flush(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<(), Error> {
+/// since the last flush is raised once. A store that does not come back is an error too.
+pub(crate) fn flush(
+    engine: &'static Engine,
+    body: &Arc<Body>,
+    blocks: Range<u32>,
+) -> Result<(), Error> {
     if body.access != Access::ReadWrite {
         // Private changes are nobody's to keep.
         return Ok(());
     }
-    let _one = body.flushing.lock();
+    let mine = body.clone();
+    patiently(engine, body, move || flush_now(engine, &mine, blocks))
+}
+
+/// As [`clean`], but a store that does not come back is an error.
+pub(crate) fn write_out(
+    engine: &'static Engine,
+    body: &Arc<Body>,
+    blocks: Range<u32>,
+) -> Result<(), Error> {
+    let mine = body.clone();
+    patiently(engine, body, move || {
+        clean(engine, &mine, blocks, Which::All)
+    })
+}
+
+/// Runs a write-back that its caller may leave. An error that it meets then is for the next flush.
+pub(crate) fn patiently(
+    engine: &'static Engine,
+    body: &Arc<Body>,
+    work: impl FnOnce() -> Result<(), Error> + Send + 'static,
+) -> Result<(), Error> {
+    let body = body.clone();
+    engine.errand(work, move |result| keep_error(&body, result))?
+}
+
+/// Keeps the error of a write-back that nobody waits for.
+pub(crate) fn keep_error(body: &Body, result: Result<(), Error>) {
+    if let Err(error) = result {
+        body.lock().pending = Some(error);
+    }
+}
+
+fn flush_now(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<(), Error> {
+    let began = Instant::now();
+    let _one = loop {
+        if let Some(turn) = body.flushing.try_lock() {
+            break turn;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+        if body.stuck() && began.elapsed() > body.patience() {
+            let (offset, len) = (body.store_offset, body.len as u64);
+            return Err(late(
+                &*body.store.0,
+                "an earlier flush",
+                offset,
+                len,
+                body.patience(),
+            ));
+        }
+    };
     let met = body.lock().pending.take();
     let cleaned = clean(engine, body, blocks, Which::All);
     let synced = cleaned.and_then(|()| sync(body));
@@ -226,11 +286,10 @@ pub(crate) fn flush(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<
 /// may have forgotten any of it; what has left memory since the last sync is beyond help, and the error is
 /// all that tells of it.
 fn sync(body: &Body) -> Result<(), Error> {
-    let store = &body.store.0;
     let written = body.lock().take_unsynced();
-    store.sync().map_err(|error| {
+    let bytes = (written.count() * body.memory.page()) as u64;
+    body.sync_store(bytes).inspect_err(|_| {
         let mut table = body.lock();
         table.not_durable(&written, body.block / body.memory.page());
-        Error::store(&**store, "sync", body.store_offset, body.len as u64, &error)
     })
 }

@@ -41,7 +41,7 @@ mod switch {
     use std::collections::HashMap;
     use std::sync::OnceLock;
 
-    use parking_lot::Mutex;
+    use crate::lock::Mutex;
     use userfault_uffd::{OpenOptions, Uffd};
 
     use super::Defect;

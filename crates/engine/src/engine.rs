@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use parking_lot::{Mutex, RwLock};
+use crate::lock::{Mutex, RwLock};
 use userfault_store::Store;
 use userfault_uffd::abi::{
     UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_HUGETLBFS,
@@ -22,6 +22,7 @@ use crate::body::Body;
 use crate::clock::Clock;
 use crate::defects::{Defect, put_back};
 use crate::drain::Drain;
+use crate::errand::Errands;
 use crate::error::Error;
 use crate::fork::{self, Kept};
 use crate::limit;
@@ -65,6 +66,7 @@ pub(crate) struct Engine {
     pub(crate) peers: Registry,
     pub(crate) clock: Clock,
     pub(crate) drain: Drain,
+    pub(crate) errands: Errands,
     /// Counts of regions that are gone.
     pub(crate) past: Counters,
     hung: AtomicUsize,
@@ -156,6 +158,7 @@ impl Engine {
             tracked: crate::tracked::Registry::default(),
             clock: Clock::default(),
             drain: Drain::default(),
+            errands: Errands::default(),
             past: Counters::new(),
             hung: AtomicUsize::new(0),
             read_turns: Mutex::default(),

@@ -6,6 +6,7 @@
 //! waits.
 
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use crate::block::State;
 use crate::body::Body;
@@ -16,6 +17,9 @@ use crate::policy::Queue;
 use crate::room::claim_victim;
 use crate::stats::add;
 use crate::workers::Lead;
+
+/// How often [`range`] unmaps a block that threads touch again and again.
+const TRIES: u32 = 8;
 
 /// Unmaps a resident block. False if it could not leave.
 pub(crate) fn zap(engine: &Engine, body: &Body, block: u32) -> bool {
@@ -154,4 +158,41 @@ pub(crate) fn now(engine: &Engine, body: &Body, block: u32, lead: &mut Lead) -> 
         unmap(engine, body, block);
     }
     body.lock().state(block) == State::Absent || release(engine, body, block, lead)
+}
+
+/// Unmaps and releases the blocks of a range that are not pinned, and waits for those that others own.
+pub(crate) fn range(engine: &'static Engine, body: &Body, blocks: Range<u32>) -> Result<(), Error> {
+    for block in blocks {
+        let (mut tries, mut since) = (0, None);
+        let began = Instant::now();
+        while !now(engine, body, block, &mut Lead::none(engine)) {
+            tries += 1;
+            let mut table = body.lock();
+            if table.closed {
+                return Err(Error::Closed);
+            }
+            if table.pins.contains_key(&block) {
+                break;
+            }
+            let state = table.state(block);
+            if state == State::Resting {
+                if let Some(error) = table.pending.take() {
+                    return Err(error);
+                }
+                if body.stuck() && began.elapsed() > body.patience() {
+                    return Err(body.block_stuck(block));
+                }
+                // The store refused a write a moment ago, or hangs in one.
+                body.sleep(&mut table, Duration::from_millis(20));
+            }
+            if state == State::Resident && tries >= TRIES {
+                // It left, and was touched again before it was gone, time after time.
+                break;
+            }
+            if state.exclusive() {
+                body.await_owner(&mut table, block, &mut since)?;
+            }
+        }
+    }
+    Ok(())
 }

@@ -591,6 +591,7 @@ impl Engine {
         block: u32,
         purpose: Purpose,
     ) -> Result<State, Error> {
+        let mut since = None;
         let mut table = body.lock();
         loop {
             if table.closed {
@@ -606,7 +607,7 @@ impl Engine {
                 }
                 State::Poisoned => return Err(poison::error(&table, body, block)),
                 _ if table.claim(block, purpose) => return Ok(state),
-                _ => body.sleep(&mut table, Duration::from_millis(100)),
+                _ => body.await_owner(&mut table, block, &mut since)?,
             }
         }
     }

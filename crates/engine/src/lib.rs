@@ -14,6 +14,7 @@
 //! | `pool`, `room`, `limit` | who is in memory, under which limit, and that everybody gets on |
 //! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
 //! | `clock`, `poison` | deadlines, and blocks that could not be had |
+//! | `errand` | calls of stores on behalf of somebody who does not wait for ever |
 //! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
 //! | `readahead` | walks, and what to bring in for them |
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
@@ -22,7 +23,7 @@
 //! | `trace` | recording faults for the simulator |
 //! | `watch` | the debug option: no write is missed |
 //! | `defects` | wrong rules that a build for tests can put back |
-//! | `fork`, `signals` | what a child gets; threads without signals |
+//! | `fork`, `lock`, `signals` | what a child gets; locks that survive it; threads without signals |
 //!
 //! # Locks
 //! A region's table (`Body::lock`), then a pool's state. The registries, the queue of the workers, the
@@ -49,6 +50,7 @@ pub mod defects;
 pub mod dirty;
 mod drain;
 mod engine;
+mod errand;
 mod error;
 mod evict;
 mod fill;
@@ -57,6 +59,7 @@ mod huge_tmpfs;
 mod kernel;
 mod leak;
 pub mod limit;
+pub mod lock;
 mod memory;
 mod pin;
 mod poison;

@@ -6,7 +6,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::block::State;
 use crate::body::Body;
@@ -97,6 +96,7 @@ fn forget_if_over(table: &mut Table, block: u32, homeless: &mut Vec<(u32, Queue)
 /// Waits until a pinned block is resident.
 fn make_resident(engine: &'static Engine, body: &Arc<Body>, block: u32) -> Result<(), Error> {
     use crate::block::Purpose;
+    let mut since = None;
     loop {
         let mut table = body.lock();
         if table.closed {
@@ -115,7 +115,7 @@ fn make_resident(engine: &'static Engine, body: &Arc<Body>, block: u32) -> Resul
                 drop(table);
                 engine.bring_back(body, block);
             }
-            _ => body.sleep(&mut table, Duration::from_millis(100)),
+            _ => body.await_owner(&mut table, block, &mut since)?,
         }
     }
 }

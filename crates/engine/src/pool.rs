@@ -9,7 +9,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use parking_lot::Mutex;
+use crate::lock::Mutex;
 
 use crate::defects::{Defect, put_back};
 use crate::policy::{Memo, Policy, Queue, Seat};

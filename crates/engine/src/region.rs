@@ -23,7 +23,6 @@ use crate::prefetch::{self, PrefetchTicket};
 use crate::readahead::Advice;
 use crate::stats::{self, Stats};
 use crate::table::BlockError;
-use crate::workers::Lead;
 use crate::{Access, Pages, RegionOptions, access, evict, poison, staging, trace};
 
 /// The largest block, bytes.
@@ -35,9 +34,6 @@ pub const AUTO_SMALL: usize = 64 << 10;
 /// Regions from this size on get huge pages with "auto", if the limit holds as many blocks of 2 MiB as
 /// this size does. Bytes.
 pub const AUTO_HUGE_FROM: u64 = 64 << 20;
-
-/// How often `evict` unmaps a block that threads touch again and again.
-const EVICT_TRIES: u32 = 8;
 
 const OPEN: u8 = 0;
 const SEALED: u8 = 1;
@@ -293,13 +289,7 @@ impl Region {
     /// Writes everything that is dirty to the store, which need not be durable afterwards. Only then does the
     /// store of a private region know what has been changed.
     pub fn write_out(&self) -> Result<(), Error> {
-        let body = &self.body;
-        clean::clean(
-            self.engine()?,
-            body,
-            0..body.all_blocks(),
-            clean::Which::All,
-        )
+        clean::write_out(self.engine()?, &self.body, 0..self.body.all_blocks())
     }
 
     /// Says how a range will be touched.
@@ -341,34 +331,11 @@ impl Region {
     /// Writes back and releases the blocks of a range. Pinned blocks stay.
     pub fn evict(&self, offset: u64, len: u64) -> Result<(), Error> {
         self.check(offset, len)?;
-        let engine = self.engine()?;
-        for block in self.body.blocks(offset, len) {
-            let mut tries = 0;
-            while !evict::now(engine, &self.body, block, &mut Lead::none(engine)) {
-                tries += 1;
-                let mut table = self.body.lock();
-                if table.closed {
-                    return Err(Error::Closed);
-                }
-                if table.pins.contains_key(&block) {
-                    break;
-                }
-                let state = table.state(block);
-                if state == State::Resting
-                    && let Some(error) = table.pending.take()
-                {
-                    return Err(error);
-                }
-                if state == State::Resident && tries >= EVICT_TRIES {
-                    // It left, and was touched again before it was gone, time after time.
-                    break;
-                }
-                if state.exclusive() {
-                    self.body.sleep(&mut table, Duration::from_millis(20));
-                }
-            }
-        }
-        Ok(())
+        let (engine, body) = (self.engine()?, self.body.clone());
+        let blocks = body.blocks(offset, len);
+        clean::patiently(engine, &self.body, move || {
+            evict::range(engine, &body, blocks)
+        })
     }
 
     /// One byte for each block of a range: 0 absent, 1 resident, 2 resting, 3 poisoned. A block that is
@@ -466,11 +433,14 @@ impl Region {
             }
             table.closed = true;
         }
-        self.wait_for_owners(None);
+        let mut last = Ok(());
+        if !self.wait_for_owners(body.patience() + Duration::from_secs(1)) {
+            last = Err(self.still_owned());
+        }
         // From here on nobody maps anything. What was written since the flush is still caught: unmap,
         // gather the evidence, write. A thread that touches meanwhile sleeps until the seal.
-        let last = self
-            .gather()
+        let last = last
+            .and_then(|()| self.gather())
             .and_then(|()| clean::flush(engine, body, 0..body.all_blocks()));
         if let Err(error) = last {
             body.lock().closed = false;
@@ -487,7 +457,7 @@ impl Region {
                 engine.check_content(body, block);
             }
         }
-        self.seal(engine, None);
+        self.seal(engine);
         Ok(())
     }
 
@@ -501,15 +471,25 @@ impl Region {
             }
             table.closed = true;
         }
-        self.seal(engine, Some(self.body.retry_for + Duration::from_secs(2)));
+        self.seal(engine);
     }
 
-    fn wait_for_owners(&self, at_most: Option<Duration>) {
+    /// Waits until nobody owns a block. False if somebody still does after so long.
+    fn wait_for_owners(&self, at_most: Duration) -> bool {
         let began = Instant::now();
         let mut table = self.body.lock();
-        while table.in_use() && at_most.is_none_or(|limit| began.elapsed() < limit) {
+        while table.in_use() && began.elapsed() < at_most {
             self.body.sleep(&mut table, Duration::from_millis(50));
         }
+        !table.in_use()
+    }
+
+    /// The error of a close that found a block whose owner does not come back.
+    fn still_owned(&self) -> Error {
+        let table = self.body.lock();
+        let block = (0..self.body.all_blocks()).find(|block| table.state(*block).exclusive());
+        drop(table);
+        self.body.block_stuck(block.unwrap_or(0))
     }
 
     /// Unmaps everything and gathers the evidence.
@@ -518,32 +498,43 @@ impl Region {
         let Some(engine) = Engine::existing() else {
             return Err(Error::Forked);
         };
+        if !body.memory.shared() {
+            return Ok(());
+        }
         for block in 0..body.all_blocks() {
-            if body.lock().state(block) != State::Resident || !body.memory.shared() {
-                continue;
-            }
-            if body
-                .memory
-                .zap(body.start(block), body.block_len(block))
-                .is_err()
             {
+                // Nobody maps a block any more, but the drain may be cleaning this one.
+                let (mut table, mut since) = (body.lock(), None);
+                while table.state(block).exclusive() {
+                    body.await_owner(&mut table, block, &mut since)?;
+                }
+                if !table.claim_for_close(block) {
+                    continue;
+                }
+            }
+            let zapped = body.memory.zap(body.start(block), body.block_len(block));
+            let harvest = engine.harvest_zapped(body, block);
+            let mut table = body.lock();
+            record(&mut table, &harvest);
+            let state = match zapped {
+                Ok(()) => State::Resting,
+                Err(_) => State::Resident,
+            };
+            let _ = body.release(&mut table, block, state);
+            if zapped.is_err() {
                 return Err(Error::last_os(
                     "madvise",
                     "the program changed the region's mapping itself",
                 ));
             }
-            let harvest = engine.harvest_zapped(body, block);
-            let mut table = body.lock();
-            record(&mut table, &harvest);
-            table.rest_for_close(block);
         }
         Ok(())
     }
 
-    fn seal(&self, engine: &'static Engine, at_most: Option<Duration>) {
+    fn seal(&self, engine: &'static Engine) {
         let body = &self.body;
         body.lock().sealed = true;
-        self.wait_for_owners(at_most);
+        self.wait_for_owners(body.retry_for + Duration::from_secs(2));
         body.memory.seal();
         // Sleepers find PROT_NONE now, and get SIGSEGV instead of sleeping on.
         let _ = engine.uffd.wake(body.memory.main(), body.memory.len());

@@ -3,10 +3,11 @@
 //! A region with a limit of its own asks its own pool first, then the process's. Under a cgroup's limit
 //! the gate also looks at the cgroup's headroom, since the kernel kills where it could say no.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use crate::lock::Mutex;
 use userfault_uffd::abi::UFFDIO_WRITEPROTECT_MODE_DONTWAKE;
 
 use crate::block::{Purpose, State};
@@ -102,6 +103,17 @@ impl Engine {
     /// Takes `bytes` for memory that is never evicted; regions make room. Fails if the limit, or the
     /// control group, does not leave them.
     pub(crate) fn reserve_tracked(&'static self, bytes: u64, in_cgroup: bool) -> Result<(), Error> {
+        self.errand(
+            move || self.reserve_tracked_now(bytes, in_cgroup),
+            move |result| {
+                if result.is_ok() {
+                    self.give_back_tracked(bytes, in_cgroup);
+                }
+            },
+        )?
+    }
+
+    fn reserve_tracked_now(&'static self, bytes: u64, in_cgroup: bool) -> Result<(), Error> {
         let mut lead = Lead::none(self);
         let (mut fruitless, mut passed) = (0, 0);
         loop {
@@ -212,6 +224,26 @@ impl Engine {
         }
     }
 
+    /// As [`Engine::make_room`], for a caller who is told when a store does not come back.
+    pub(crate) fn make_room_patiently(
+        &'static self,
+        body: &Arc<Body>,
+        bytes: u64,
+    ) -> Result<bool, Error> {
+        if self.reserve(body, bytes).is_ok() {
+            return Ok(true);
+        }
+        let (mine, late) = (body.clone(), body.clone());
+        self.errand(
+            move || self.make_room(&mine, bytes, 0, &mut Lead::none(self)),
+            move |room| {
+                if room {
+                    self.give_back(&late, bytes);
+                }
+            },
+        )
+    }
+
     /// Has the next victim of `full` unmapped or released. False if that one could not leave, `None` if
     /// nobody can now. `passed` counts the resting blocks that could not, one after the other.
     fn one_leaves(
@@ -273,8 +305,13 @@ impl Engine {
     }
 
     /// Evicts until the process is no longer over its limit, or nothing has left for a while: blocks are
-    /// owned for moments, and those just mapped are kept for their threads.
+    /// owned for moments, and those just mapped are kept for their threads. A store that does not come back
+    /// is left behind.
     pub(crate) fn shrink(&'static self) {
+        let _ = self.errand(move || self.shrink_now(), drop);
+    }
+
+    fn shrink_now(&'static self) {
         let mut lead = Lead::none(self);
         let (mut progress, mut passed) = (Instant::now(), 0);
         while self.pool.over() && progress.elapsed() < NOTHING_LEAVES {

@@ -238,10 +238,14 @@ impl Table {
         waited
     }
 
-    /// Unmaps a block of a region that is being closed, when nobody owns any.
-    pub(crate) fn rest_for_close(&mut self, block: u32) {
-        debug_assert!(self.closed && self.state(block) == State::Resident);
-        self.set(block, State::Resting);
+    /// Takes a resident block of a region that is being closed, to unmap it; false if it is not resident.
+    pub(crate) fn claim_for_close(&mut self, block: u32) -> bool {
+        debug_assert!(self.closed && !self.state(block).exclusive());
+        let resident = self.state(block) == State::Resident;
+        if resident {
+            self.set(block, State::Evicting);
+        }
+        resident
     }
 
     /// Goes from one exclusive state to another without letting go.

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use parking_lot::{Condvar, Mutex};
+use crate::lock::{Condvar, Mutex};
 use userfault_uffd::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
 use userfault_uffd::{Message, MessageBuffer};
 
@@ -214,7 +214,7 @@ impl Workers {
     }
 
     /// Gets one more thread to look at the state.
-    fn call(&'static self, engine: &'static Engine, mut state: parking_lot::MutexGuard<'_, State>) {
+    fn call(&'static self, engine: &'static Engine, mut state: crate::lock::MutexGuard<'_, State>) {
         if state.idle > 0 {
             drop(state);
             self.work.notify_one();

@@ -100,6 +100,45 @@ fn a_forked_child_may_close_and_drop_what_it_has_and_open_its_own() {
 }
 
 #[test]
+fn a_child_of_a_parent_with_many_sleeping_threads_runs_many_of_its_own() {
+    apart!(60, {
+        let kind = COPIED_64K;
+        // The parent's threads sleep in the engine's locks, each where a child has nothing.
+        let parent = slow(kind, Duration::from_millis(20));
+        thread::scope(|scope| {
+            for reader in 0..16usize {
+                let parent = &parent;
+                scope.spawn(move || {
+                    let at = reader % BLOCKS * kind.block;
+                    assert_eq!(touch::read(parent, at), pattern(at));
+                });
+            }
+        });
+        parent.flush(0, 1).unwrap();
+        for _ in 0..20 {
+            let ended = forked(|| {
+                let mine = slow(kind, Duration::from_millis(2));
+                thread::scope(|scope| {
+                    for reader in 0..24usize {
+                        let mine = &mine;
+                        scope.spawn(move || {
+                            for block in 0..BLOCKS {
+                                let at = (block + reader) % BLOCKS * kind.block + reader;
+                                assert_eq!(touch::read(mine, at), pattern(at));
+                                touch::write(mine, at, reader as u8);
+                            }
+                        });
+                    }
+                });
+                mine.close().unwrap();
+                7
+            });
+            assert_eq!(ended, (0, 7));
+        }
+    });
+}
+
+#[test]
 fn forks_beside_faults_neither_hang_nor_harm_the_parent() {
     apart!(60, {
         for kind in [COPIED_64K, HUGE_PAGES] {
@@ -242,7 +281,7 @@ fn a_storm_of_signals_loses_no_fault() {
                 .unwrap();
             use std::os::fd::AsRawFd;
             let null = file.as_raw_fd();
-            let ids = parking_lot::Mutex::new(Vec::new());
+            let ids = userfault_engine::lock::Mutex::new(Vec::new());
             thread::scope(|scope| {
                 let touchers: Vec<_> = (0..3usize)
                     .map(|toucher| {

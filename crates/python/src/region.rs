@@ -231,7 +231,8 @@ impl Region {
     /// Writes dirty pages of length bytes at offset back; returns when all of it is durable.
     ///
     /// Raises StoreError, also for an error that the background write-back met since the last flush: the data
-    /// is still in memory and is written again by the next flush.
+    /// is still in memory and is written again by the next flush. With errno ETIMEDOUT the store has not come
+    /// back from a call in the time of retry_for: the call goes on, and its data stays dirty until it ends.
     #[pyo3(signature = (offset=0, length=None))]
     fn flush(&self, py: Python<'_>, offset: u64, length: Option<u64>) -> PyResult<()> {
         let (offset, length) = self.range(offset, length)?;

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::Mutex;
 use userfault_engine::generation;
+use userfault_engine::lock::Mutex;
 
 use crate::codec::Compress;
 use crate::error::Error;

@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use userfault_engine::lock::Mutex;
 use userfault_engine::{Kept, forget, generation, keep};
 
 use crate::error::Error;

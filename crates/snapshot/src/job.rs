@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use parking_lot::{Condvar, Mutex};
+use userfault_engine::lock::{Condvar, Mutex};
 use userfault_engine::tracked::Aside;
 
 use crate::copier::{Batch, Buffer, Copier, Parts, copy_parts};

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
 use userfault_engine::generation;
+use userfault_engine::lock::{Condvar, Mutex};
 
 use crate::error::Error;
 

@@ -15,7 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
+use userfault_engine::lock::Mutex;
 use userfault_store::Store;
 
 use crate::codec;

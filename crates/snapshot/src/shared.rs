@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use userfault_engine::lock::{Condvar, Mutex, MutexGuard};
 use userfault_engine::tracked::Tracked;
 
 use crate::checkpointer::Options;

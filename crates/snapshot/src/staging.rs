@@ -10,7 +10,7 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use userfault_engine::lock::{Condvar, Mutex};
 
 /// Bytes of a chunk.
 pub const CHUNK: usize = 2 << 20;

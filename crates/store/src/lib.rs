@@ -47,7 +47,8 @@ pub use zero::ZeroStore;
 /// * a failed or short write: the pages stay dirty in memory and are written again later, whole.
 ///   A store must report a short write as an error; the engine assumes nothing about what was stored.
 /// * an error that carries no errno counts as `EIO`; its text goes into the message.
-/// * a call that never returns: its buffer is not reused until it does.
+/// * a call that never returns: its buffer is not reused until it does, and what it was to write stays dirty.
+///   Whoever waits for it is told after a while, and nobody else's bytes wait for it.
 pub trait Store: Send + Sync {
     /// Fills `buf` with the bytes at `offset`. Bytes past the end of the store read as zero.
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use crate::lock::Mutex;
 use userfault_uffd::abi::UFFDIO_WRITEPROTECT_MODE_WP;
 
 use super::layout::Layout;

@@ -74,7 +74,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex, RwLock};
+use crate::lock::{Condvar, Mutex, RwLock};
 use userfault_store::Store;
 use userfault_uffd::Uffd;
 use userfault_uffd::abi::{

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, RwLock, RwLockWriteGuard};
+use crate::lock::{Condvar, Mutex, RwLock, RwLockWriteGuard};
 use userfault_store::Store;
 use userfault_uffd::{Message, MessageBuffer, Uffd};
 

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use parking_lot::{Mutex, RwLockReadGuard};
+use crate::lock::{Mutex, RwLockReadGuard};
 use userfault_uffd::abi::{UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY_MODE_WP};
 use userfault_uffd::{Fill, Filled, Outcome, fill};
 

@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::{Condvar, Mutex};
+use crate::lock::{Condvar, Mutex};
 use userfault_uffd::abi::UFFDIO_WRITEPROTECT_MODE_WP;
 
 use crate::dirty::DirtyMap;

@@ -38,7 +38,7 @@ mod own;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
 
-use parking_lot::{Mutex, RwLock};
+use crate::lock::{Mutex, RwLock};
 use userfault_uffd::abi::{
     UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_THREAD_ID, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
     UFFD_FEATURE_WP_UNPOPULATED,

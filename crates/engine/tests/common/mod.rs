@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use parking_lot::RwLock;
+use userfault_engine::lock::RwLock;
 use userfault_engine::{Access, OnError, Pages, Region, RegionOptions};
 use userfault_store::Store;
 

@@ -100,6 +100,18 @@ pub fn attempt(name: &str, limit: Duration, environment: &[(&str, &str)]) -> End
     }
 }
 
+/// Starts the test `name` in a child that its starter kills, and whose output nobody reads.
+pub fn start(name: &str) -> std::process::Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(CHILD, name)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .unwrap()
+}
+
 fn ended(pid: u32) -> bool {
     // SAFETY: a zeroed siginfo is valid, and waitid fills it in; WNOWAIT leaves the child unreaped.
     unsafe {

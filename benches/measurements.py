@@ -204,11 +204,14 @@ def _zipf(layout: str) -> tuple[Comparison, Comparison]:
     length, limit = 4 * GIB, 512 * MIB
     workload = (*_sizes(length=length, limit=limit, block=4096), "--layout", layout)
     many, few = ("--count", "400000"), ("--count", "10000")
-    how = "hot pages together" if layout == "together" else "hot pages scattered"
+    how = "hot items together" if layout == "together" else "hot items scattered"
     speed = Comparison(
         name=f"zipf-{layout}",
         title=f"Zipf 0.99 over 4 GiB under 512 MiB, 90 % reads, {how}",
-        text="Operations on 4 KiB pages at steady state. mmap runs in a control group of 512 MiB.",
+        text=(
+            "Operations on items of 256 bytes, in pages of 4 KiB, at steady state. mmap runs in a control "
+            "group of 512 MiB."
+        ),
         workload=("zipf", *workload),
         unit="thousand/s",
         better="more",

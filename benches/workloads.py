@@ -25,6 +25,8 @@ from benches.memory import MIB, Memory, Unavailable, memory
 from benches.native import library
 
 PAGE = 4096
+ITEMS = 16
+"""Items of a page, in the Zipf loads."""
 
 COUNTS = {"faults_missing", "faults_minor", "hits", "bytes_read", "bytes_written", "evictions"}
 """Facts of a region that grow: of these the measured half counts alone."""
@@ -138,14 +140,18 @@ def zipf_misses(options: argparse.Namespace) -> dict[str, float]:
 
 
 def zipf_trace(pages: int, count: int, layout: str) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
-    """Which page each operation touches and whether it writes; layout "together" or "scattered"."""
+    """Which page each operation touches and whether it writes; layout "together" or "scattered".
+
+    What is popular are items of 256 bytes, 16 to a page: the k-th has a weight of k to the power of -0.99.
+    """
     random = np.random.default_rng(3)
-    weights = np.arange(1, pages + 1, dtype=np.float64) ** -0.99
-    ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), random.random(count)).astype(np.uint32)
-    ranks = np.minimum(ranks, pages - 1)
+    items = pages * ITEMS
+    sums = np.cumsum(np.arange(1, items + 1, dtype=np.float64) ** -0.99)
+    ranks = np.searchsorted(sums, random.random(count) * sums[-1]).astype(np.uint32)
+    ranks = np.minimum(ranks, items - 1)
     if layout == "scattered":
-        ranks = random.permutation(pages).astype(np.uint32)[ranks]
-    return ranks, (random.random(count) < 0.1).astype(np.uint8)
+        ranks = random.permutation(np.arange(items, dtype=np.uint32))[ranks]
+    return ranks // ITEMS, (random.random(count) < 0.1).astype(np.uint8)
 
 
 def total(options: argparse.Namespace) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from userfault.commands import model, snapshot, trace
+from userfault.commands import bench, model, snapshot, trace
 
 app = typer.Typer(
     help="User-space paging for Python, on Linux userfaultfd.",
@@ -18,6 +18,7 @@ app = typer.Typer(
 app.add_typer(model.app, name="model")
 app.add_typer(snapshot.app, name="snapshot")
 app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})(trace.trace)
+app.command()(bench.bench)
 
 
 @app.callback()

@@ -133,6 +133,16 @@ class memmap(np.ndarray[Any, Any]):
     def __getitem__(self, index: Any) -> Any:
         return _plain(super().__getitem__(index))
 
+    @property
+    def region(self) -> Region:
+        """The region that the array lives in: for advice, prefetches, pins and figures.
+
+        Raises ValueError for an array that lives in ordinary memory.
+        """
+        if self._region is None:
+            raise ValueError("this array does not live in a file: it has no region")
+        return self._region
+
     def flush(self) -> None:
         """Writes what was changed in the file's whole array back; returns when it is durable.
 

@@ -9,12 +9,14 @@ import os
 import sys
 import weakref
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal, SupportsIndex, cast
 
 from userfault import _native
+from userfault.prefetching import future_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -119,14 +121,16 @@ class Region(_native.Region):
                 )
         return np.ndarray(shape, dtype, as_bytes(self), offset, order=order)
 
-    def prefetch(self, ranges: Iterable[tuple[int, int]], *, wait: bool = False) -> _native.PrefetchTicket:
+    def prefetch(self, ranges: Iterable[tuple[int, int]], *, wait: bool = False) -> Future[None]:
         """Brings ranges in before they are touched: pairs of offset and length, in bytes.
 
-        Returns at once, or with wait=True when all of it is there. What the memory limit cannot hold is
-        left out. Raises ValueError for a range outside of the region; PoisonedError if wait=True and a
-        block cannot be had.
+        Returns a `concurrent.futures.Future` at once, or with wait=True when all of it is there. Its result
+        is None, or PoisonedError for the first block that could not be had. It cannot be cancelled. What the
+        memory limit cannot hold is left out. Raises ValueError for a range outside of the region;
+        PoisonedError if wait=True and a block cannot be had.
         """
-        return super().prefetch([(offset, length) for offset, length in ranges], wait=wait)
+        ticket = self._prefetch([(offset, length) for offset, length in ranges], wait=wait)
+        return future_of(ticket)
 
     def pwrite(self, data: bytes | bytearray | memoryview | NDArray[Any], offset: int) -> int:
         """Writes any buffer of bytes at `offset` without touching the memory; returns how many bytes.

@@ -32,6 +32,10 @@ pub(crate) const NO_ROOM_FOR: Duration = Duration::from_secs(60);
 /// thread from the regions of other stores.
 const MOST_FILLS: usize = 32;
 
+/// Runs of blocks smaller than this are announced to the store before they are read, bytes: it fetches them at
+/// one go. Larger ones are worth a read of their own.
+const FETCHED_BELOW: usize = 128 << 10;
+
 /// The least time that a call of a store is given, however late it begins.
 const LAST_TRY: Duration = Duration::from_millis(100);
 
@@ -539,7 +543,8 @@ impl Engine {
             .lock()
             .fault(thread, block, longest as u32, body.advice(block));
         let Some(window) = window else { return };
-        if window.count < 2 {
+        // A run of small blocks is fetched at one go, and then taken apart.
+        if window.count < 2 || (window.step.abs() == 1 && body.block < FETCHED_BELOW) {
             self.workers.submit(self, Task::Ahead(body.clone(), window));
             return;
         }
@@ -555,6 +560,22 @@ impl Engine {
     }
 
     fn bring_in_ahead(&'static self, body: &Arc<Body>, window: Window, lead: &mut Lead) {
+        let last = window.first + window.step * i64::from(window.count.max(1) - 1);
+        let blocks = window.first.min(last).max(0)
+            ..(window.first.max(last) + 1).min(i64::from(body.all_blocks()));
+        if window.step.abs() != 1 || body.block >= FETCHED_BELOW || blocks.is_empty() {
+            return self.bring_in_each(body, window, lead);
+        }
+        let offset = body.store_offset + body.start(blocks.start as u32) as u64;
+        let len = (blocks.end - blocks.start) as u64 * body.block as u64;
+        let fetched = body.store.0.will_read(offset, len);
+        self.bring_in_each(body, window, lead);
+        if fetched {
+            body.store.0.was_read(offset, len);
+        }
+    }
+
+    fn bring_in_each(&'static self, body: &Arc<Body>, window: Window, lead: &mut Lead) {
         for index in 0..i64::from(window.count) {
             let Ok(block) = u32::try_from(window.first + index * window.step) else {
                 return;

@@ -303,7 +303,7 @@ impl Region {
     /// Returns at once, or with wait=True when all of it is there. What the memory limit cannot hold is left
     /// out. Raises PoisonedError if wait=True and a block cannot be had.
     #[pyo3(signature = (ranges, *, wait=false))]
-    fn prefetch(
+    fn _prefetch(
         &self,
         py: Python<'_>,
         ranges: Vec<(u64, u64)>,

@@ -337,6 +337,24 @@ impl Store for FileStore {
         Ok(true)
     }
 
+    fn will_read(&self, offset: u64, len: u64) -> bool {
+        let len = self.existing(offset, usize::try_from(len).unwrap_or(usize::MAX));
+        if self.in_memory || len == 0 {
+            return false;
+        }
+        // What stands there already stays: it came by a write, or is somebody else's.
+        let held = self.cache.pages(&self.file, offset, len as u64);
+        if held != Some(0) {
+            return false;
+        }
+        pagecache::fetch(&self.file, offset, len as u64);
+        true
+    }
+
+    fn was_read(&self, offset: u64, len: u64) {
+        pagecache::forget(&self.file, offset, len);
+    }
+
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.write_checked(offset, data, |at, data| {
             let direct = self

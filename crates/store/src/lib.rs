@@ -58,6 +58,15 @@ pub trait Store: Send + Sync {
         Ok(false)
     }
 
+    /// Says that a range will be read soon, in small parts, so that the store may fetch it at one go. Returns at
+    /// once; true if [`Store::was_read`] is to follow.
+    fn will_read(&self, _offset: u64, _len: u64) -> bool {
+        false
+    }
+
+    /// Says that a range that was announced has been read: what was fetched for it may go.
+    fn was_read(&self, _offset: u64, _len: u64) {}
+
     /// Writes all of `data` at `offset`. The engine never writes past [`Store::len`]; a store refuses it
     /// (`ENOSPC`) and never grows.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;

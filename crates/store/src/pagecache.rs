@@ -39,8 +39,15 @@ impl PageCache {
     /// RWF_NOWAIT alone would not do: on a miss it starts a read into the page cache that nobody wants,
     /// because the block is then read a second time, past the cache.
     pub(crate) fn holds(&self, file: &File, offset: u64, len: u64, page: u64) -> bool {
+        let pages = (offset + len).div_ceil(page) - offset / page;
+        self.pages(file, offset, len)
+            .is_some_and(|held| held >= pages)
+    }
+
+    /// How many pages of a range are in the page cache; `None` if nobody can say.
+    pub(crate) fn pages(&self, file: &File, offset: u64, len: u64) -> Option<u64> {
         if len == 0 || self.no_cachestat.load(Ordering::Relaxed) {
-            return false;
+            return None;
         }
         let range = CachestatRange { off: offset, len };
         let mut stat = Cachestat::default();
@@ -57,10 +64,9 @@ impl PageCache {
         if rc != 0 {
             // ENOSYS before 6.5; EPERM where the file is not ours to ask about; hugetlbfs has none.
             self.no_cachestat.store(true, Ordering::Relaxed);
-            return false;
+            return None;
         }
-        let pages = (offset + len).div_ceil(page) - offset / page;
-        stat.cache >= pages
+        Some(stat.cache)
     }
 
     /// Reads without leaving pages behind that were not there before. Returns the bytes read, 0 at the end.
@@ -98,6 +104,11 @@ pub(crate) fn read_nowait(file: &File, offset: u64, buf: &mut [u8]) -> io::Resul
 /// Tells the kernel that our reads say nothing about the next ones: no read-ahead of its own.
 pub(crate) fn no_read_ahead(file: &File) {
     advise(file, 0, 0, libc::POSIX_FADV_RANDOM);
+}
+
+/// Begins to read a range into the page cache.
+pub(crate) fn fetch(file: &File, offset: u64, len: u64) {
+    advise(file, offset, len, libc::POSIX_FADV_WILLNEED);
 }
 
 /// Drops clean pages of a range from the page cache (whole pages that nobody has mapped).

@@ -281,6 +281,39 @@ fn a_small_read_leaves_nothing_in_the_page_cache_and_reads_nothing_ahead() {
 }
 
 #[test]
+fn a_run_that_is_announced_is_fetched_at_one_go_and_leaves_nothing_in_the_page_cache() {
+    let bytes = noise(4 * MIB, 6);
+    let scratch = Scratch::on_disk("announced").holding(&bytes);
+    let store = scratch.open(FileMode::Read);
+    forget(&scratch.0);
+    if cached_pages(&scratch.0).is_none() {
+        eprintln!("not checked: this kernel has no cachestat");
+        return;
+    }
+    assert!(store.will_read(8192, MIB as u64));
+    assert_eq!(cached_pages(&scratch.0), Some(256));
+    let mut buf = Aligned::new(4096);
+    for page in 2..258 {
+        store.read(page * 4096, &mut buf).unwrap();
+        assert!(buf[..] == bytes[page as usize * 4096..][..4096]);
+    }
+    assert_eq!(cached_pages(&scratch.0), Some(256), "one read for all");
+    store.was_read(8192, MIB as u64);
+    assert_eq!(cached_pages(&scratch.0), Some(0));
+}
+
+#[test]
+fn what_stands_in_the_page_cache_already_is_not_announced_and_stays() {
+    let scratch = Scratch::on_disk("stands").holding(&noise(MIB, 7));
+    let store = scratch.open(FileMode::Read);
+    fs::read(&scratch.0).unwrap();
+    assert!(!store.will_read(0, MIB as u64));
+    assert!(!store.will_read(2 * MIB as u64, MIB as u64), "past the end");
+    let memory = Scratch::in_memory("stands").holding(&noise(MIB, 7));
+    assert!(!memory.open(FileMode::Read).will_read(0, MIB as u64));
+}
+
+#[test]
 fn read_now_answers_from_the_page_cache_alone() {
     let bytes = noise(MIB, 5);
     let scratch = Scratch::on_disk("now").holding(&bytes);

@@ -25,7 +25,7 @@ def trace(
 
     Touches of what is in memory are not seen. The recording is for the simulator in sim/, which has a README.
 
-    The exit status is that of the command, or 2 if nothing could be recorded (raised as typer.Exit).
+    The exit status is that of the command, or 2 if nothing could be recorded (raises Exit).
     """
     from userfault.sizes import parse_size
 

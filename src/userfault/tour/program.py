@@ -68,9 +68,9 @@ Way = tuple[Callable[[], dict[str, float]], Callable[[], object], Bytes]
 """How to read the counters, how to make durable what was written, and the bytes of the file."""
 
 
-def through_userfault(path: Path, mode: Literal["r", "r+"], limit: int) -> Way:
-    """Open a file as a region that keeps at most `limit` bytes in memory."""
-    region = userfault.open(path, mode, memory_limit=limit)
+def through_userfault(path: Path, mode: Literal["r", "r+"], limit: int, block: int = 0) -> Way:
+    """Open a file as a region of at most `limit` bytes of memory, in blocks of `block` bytes, 0: auto."""
+    region = userfault.open(path, mode, memory_limit=limit, block=block or "auto")
 
     def counters() -> dict[str, float]:
         stats = region.stats()
@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("way", choices=["userfault", "memmap"])
     parser.add_argument("path", type=Path)
     parser.add_argument("--limit", type=int, required=True)
+    parser.add_argument("--block", type=int, default=0)
     parser.add_argument("--cgroup", type=Path)
     parser.add_argument("--steps", nargs="+", choices=sorted(STEPS), required=True)
     options = parser.parse_args()
@@ -118,9 +119,10 @@ def main() -> None:
     if options.cgroup:
         (options.cgroup / "cgroup.procs").write_text(str(os.getpid()))
 
-    read, flush, data = (through_userfault if options.way == "userfault" else through_memmap)(
-        options.path, mode, options.limit
-    )
+    if options.way == "userfault":
+        read, flush, data = through_userfault(options.path, mode, options.limit, options.block)
+    else:
+        read, flush, data = through_memmap(options.path, mode, options.limit)
 
     lock = threading.Lock()
     doing, since = "", time.monotonic()

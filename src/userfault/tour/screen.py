@@ -75,7 +75,10 @@ class _Board:
         if not self.now or "tick" not in self.now[1]:
             return Text("")
         way, tick = self.now
-        parts = [WAYS[way], f"{tick['faults']:,.0f} faults", f"{in_words(tick['read'])} read"]
+        parts = [WAYS[way], f"{tick['faults']:,.0f} faults"]
+        if "hits" in tick:
+            parts.append(f"{tick['hits']:,.0f} hits")
+        parts.append(f"{in_words(tick['read'])} read")
         if "memory" in tick:
             parts.append(f"{in_words(tick['memory'])} of {in_words(self.plan.blocks)} in memory")
         return Text("\n" + " · ".join(parts), style="dim")

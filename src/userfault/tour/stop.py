@@ -169,9 +169,12 @@ def limited(limit: int) -> Iterator[tuple[MemoryCgroup | None, str]]:
         yield group, ""
 
 
-def run(way: str, plan: Plan, group: MemoryCgroup | None) -> Iterator[Message]:
+def run(
+    way: str, plan: Plan, group: MemoryCgroup | None, steps: tuple[str, ...] = (), block: int = 0
+) -> Iterator[Message]:
     """Let the program do its steps in one way, "userfault" or "memmap", and yield what it says.
 
+    `steps` are those of the plan unless they are named; `block` is userfault's, in bytes, 0: its own choice.
     Raises Stuck if it dies, or says nothing for PATIENCE seconds; it is killed then.
     """
     command = [
@@ -183,7 +186,7 @@ def run(way: str, plan: Plan, group: MemoryCgroup | None) -> Iterator[Message]:
         "--limit",
         str(plan.blocks),
     ]
-    command += ["--steps", *plan.steps]
+    command += ["--block", str(block), "--steps", *(steps or plan.steps)]
     if group:
         command += ["--cgroup", str(group.path)]
     with tempfile.TemporaryFile() as complaints:

@@ -90,6 +90,9 @@ def test_the_answers_are_those_of_the_engine(rust: str) -> None:
     for state, what in theirs.items():
         assert {answer(state, fault, lambda: True) for fault in Fault} == {what}
     assert set(theirs) == {State.ABSENT, State.POISONED, State.RESTING}
+    assert "State::Cleaning if fault == Fault::WriteProtect => Answer::Unprotect," in body[0]
+    assert answer(State.CLEANING, Fault.WRITE_PROTECT, lambda: True) is Answer.UNPROTECT
+    assert answer(State.CLEANING, Fault.MINOR, lambda: True) is Answer.WAIT
     waiting = re.search(r"((?:State::\w+[ |]+)+)=> \{\s*Answer::Wait", body[0])
     assert waiting is not None
     assert {State(name) for name in re.findall(r"State::(\w+)", waiting[1])} == {

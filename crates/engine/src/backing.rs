@@ -42,7 +42,7 @@ impl Backing for Here {
     }
 
     fn poison(&self, engine: &Engine, body: &Body, block: u32) -> io::Result<()> {
-        engine.poison(body, block)
+        engine.poison(body, &mut body.lock(), block)
     }
 
     fn forbid(&self, body: &Body, block: u32) -> &'static str {

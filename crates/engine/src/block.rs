@@ -17,8 +17,8 @@
 //! ```
 //!
 //! Filling, Evicting, Cleaning, Writing and Poisoning are exclusive: the block has one owner, a fault
-//! on it waits, and only the owner maps it and wakes it at the end. Nothing here touches memory or the
-//! kernel, so every rule can be tested, and explored, without either.
+//! on it waits (but for a first write during a write-back), and only the owner maps it and wakes it at the
+//! end. Nothing here touches memory or the kernel, so every rule can be tested, and explored, without either.
 
 /// Where a block is, or what its owner is doing to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -138,8 +138,12 @@ pub enum Answer {
 /// Answers a fault. `present` says whether the page is mapped now; it is asked only where it matters.
 ///
 /// A minor fault on an absent block means fill, never map: what is cached there is stale.
+///
+/// A write-protect fault does not wait for a write-back: whoever cleans a block takes the dirty bits before
+/// it protects the pages and copies them, so a bit that is set meanwhile belongs to the next write-back.
 pub fn answer(state: State, fault: Fault, present: impl FnOnce() -> bool) -> Answer {
     match state {
+        State::Cleaning if fault == Fault::WriteProtect => Answer::Unprotect,
         State::Filling | State::Evicting | State::Cleaning | State::Writing | State::Poisoning => {
             Answer::Wait
         }
@@ -178,14 +182,19 @@ mod tests {
     }
 
     #[test]
-    fn an_owned_block_is_never_claimed_and_its_faults_wait() {
+    fn an_owned_block_is_never_claimed_and_its_faults_wait_but_for_writes_beside_a_write_back() {
         for state in State::ALL.into_iter().filter(|state| state.exclusive()) {
             for purpose in PURPOSES {
                 assert_eq!(claim(state, purpose), None);
             }
             for fault in FAULTS {
                 for present in [false, true] {
-                    assert_eq!(answer(state, fault, || present), Answer::Wait);
+                    let expected = if (state, fault) == (State::Cleaning, Fault::WriteProtect) {
+                        Answer::Unprotect
+                    } else {
+                        Answer::Wait
+                    };
+                    assert_eq!(answer(state, fault, || present), expected);
                 }
             }
         }

@@ -14,6 +14,7 @@ use userfault_store::Store;
 use crate::backing::Backing;
 use crate::block::State;
 use crate::defects::{Defect, put_back};
+use crate::engine::Engine;
 use crate::errand;
 use crate::error::Error;
 use crate::memory::{HUGE, Kind, Memory};
@@ -254,7 +255,9 @@ impl Body {
     pub(crate) fn release(&self, table: &mut Table, block: u32, state: State) -> bool {
         if table.take_given_up(block) {
             // The poison lay there only for as long as nobody knew when the owner would come back.
-            let _ = self.memory.zap(self.start(block), self.block_len(block));
+            if let Some(engine) = Engine::existing() {
+                let _ = engine.lift_poison(self, table, block);
+            }
             let offset = self.start(block) as u64;
             table.errors.retain(|error| error.offset != offset);
         }

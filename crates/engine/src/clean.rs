@@ -4,7 +4,8 @@
 //! after the write, so that no older bytes can overtake newer ones on their way to the store; the program
 //! goes on touching what is mapped. The dirty bits are taken out first and the scan's harvest is put in,
 //! then the bits are read: what is written meanwhile sets new bits or is found by the next scan, and an
-//! error puts the bits back. Bytes of mapped blocks are copied before they are written: the program may change
+//! error puts the bits back. Where the table itself knows what was written (see `protect`), pages are protected
+//! again once their bits are taken, and before they are copied. Bytes of mapped blocks are copied before they are written: the program may change
 //! them while a store computes a checksum.
 
 use std::ops::Range;
@@ -18,7 +19,8 @@ use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::errand::late;
 use crate::error::Error;
-use crate::kernel::record;
+use crate::kernel::{Evidence, record};
+use crate::protect::protect_again;
 use crate::staging;
 use crate::stats::add;
 
@@ -67,7 +69,7 @@ fn clean_for(
 ) -> Result<(), Error> {
     let mut next = blocks.start;
     while next < blocks.end {
-        let held = hold(body, next..blocks.end, which)?;
+        let held = hold(engine, body, next..blocks.end, which)?;
         let Some(last) = held.last() else {
             return Ok(());
         };
@@ -83,7 +85,13 @@ struct Held {
 }
 
 /// Claims the next run of neighbouring blocks that may be dirty.
-fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Result<Vec<Held>, Error> {
+fn hold(
+    engine: &Engine,
+    body: &Body,
+    blocks: Range<u32>,
+    which: Which,
+) -> Result<Vec<Held>, Error> {
+    let exact = engine.evidence(body) == Evidence::Table;
     let mut held: Vec<Held> = Vec::new();
     let mut since = None;
     let mut table = body.lock();
@@ -91,6 +99,10 @@ fn hold(body: &Body, blocks: Range<u32>, which: Which) -> Result<Vec<Held>, Erro
     while block < blocks.end && held.len() * body.block < TOGETHER.max(body.block) {
         let state = table.state(block);
         let wanted = match state {
+            State::Resident if exact => {
+                which != Which::Resting
+                    && (table.home.any(body.pages(block)) || table.write_pinned(block))
+            }
             State::Resident => which != Which::Resting,
             State::Resting => table.home.any(body.pages(block)),
             _ => false,
@@ -143,17 +155,25 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Resu
     for held in held {
         engine.note_cleaned(body, held.block);
     }
+    let mut mapped = Vec::new();
     let mut runs = {
         let mut table = body.lock();
         for held in held {
             if table.write_pinned(held.block) {
                 // A device writes behind the page tables: everything may have changed.
                 table.mark_dirty(body.pages(held.block));
+            } else if held.mapped {
+                mapped.push(body.pages(held.block));
             }
         }
         let runs = table.home.runs(pages.clone());
         table.home.remove(pages);
         runs
+    };
+    let still_writable = if engine.evidence(body) == Evidence::Table {
+        protect_again(&engine.protection(body), mapped)
+    } else {
+        Vec::new()
     };
     let resting = held.iter().all(|held| !held.mapped);
     let mut result = Ok(());
@@ -180,7 +200,7 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Resu
         }
     }
     let mut table = body.lock();
-    for run in runs {
+    for run in runs.into_iter().chain(still_writable) {
         table.home.insert(run);
     }
     if let Err(error) = &result {

@@ -217,7 +217,11 @@ fn sleepers_wait(engine: &Engine, body: &Body, block: u32) -> bool {
         body.retry_for
     );
     poison::tell_sleepers(body, &mut table, block, &cause);
-    let _ = engine.poison(body, block);
+    if body.writable() && matches!(table.state(block), State::Cleaning | State::Writing) {
+        // What is mapped of it loses its protection below, and with it the evidence.
+        table.mark_dirty(body.pages(block));
+    }
+    let _ = engine.poison(body, &mut table, block);
     drop(table);
     engine.wake(body, block);
     false

@@ -10,14 +10,9 @@ use std::time::Instant;
 
 use crate::lock::{Mutex, RwLock};
 use userfault_store::Store;
-use userfault_uffd::abi::{
-    UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_HUGETLBFS,
-    UFFD_FEATURE_MISSING_SHMEM, UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_POISON,
-    UFFD_FEATURE_THREAD_ID, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
-    UFFD_FEATURE_WP_UNPOPULATED,
-};
-use userfault_uffd::{OpenOptions, Pagemap, Uffd};
+use userfault_uffd::{Pagemap, Uffd};
 
+use crate::abilities::Abilities;
 use crate::body::Body;
 use crate::clock::Clock;
 use crate::defects::{Defect, put_back};
@@ -33,21 +28,10 @@ use crate::stats::Counters;
 use crate::trace::Recorder;
 use crate::workers::{Source, Workers};
 
-/// Features without which nothing works (Linux 5.19).
-const REQUIRED: u64 = UFFD_FEATURE_MISSING_SHMEM
-    | UFFD_FEATURE_MISSING_HUGETLBFS
-    | UFFD_FEATURE_MINOR_SHMEM
-    | UFFD_FEATURE_MINOR_HUGETLBFS
-    | UFFD_FEATURE_PAGEFAULT_FLAG_WP
-    | UFFD_FEATURE_WP_HUGETLBFS_SHMEM
-    | UFFD_FEATURE_THREAD_ID;
-
-/// Features that newer kernels have.
-const PREFERRED: u64 = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_POISON;
-
 /// Everything that the regions of a process share.
 pub(crate) struct Engine {
     pub(crate) uffd: Uffd,
+    pub(crate) abilities: Abilities,
     pub(crate) pagemap: Pagemap,
     by_address: RwLock<BTreeMap<usize, Arc<Body>>>,
     by_id: RwLock<HashMap<u32, Arc<Body>>>,
@@ -125,17 +109,7 @@ impl Engine {
     }
 
     fn new() -> Result<Engine, Error> {
-        let options = OpenOptions {
-            nonblocking: false,
-            require: REQUIRED,
-            prefer: PREFERRED,
-            ..OpenOptions::default()
-        };
-        let uffd = Uffd::open(&options).map_err(|error| Error::Os {
-            call: "opening a userfaultfd",
-            errno: error.errno(),
-            advice: format!("{error}; `userfault doctor` says more"),
-        })?;
+        let (uffd, abilities) = Abilities::open()?;
         let pagemap = Pagemap::own().map_err(|_| {
             Error::last_os(
                 "opening /proc/self/pagemap",
@@ -144,6 +118,7 @@ impl Engine {
         })?;
         Ok(Engine {
             uffd,
+            abilities,
             pagemap,
             by_address: RwLock::default(),
             by_id: RwLock::default(),

@@ -15,8 +15,10 @@ use crate::body::Body;
 use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::kernel::Evidence;
 use crate::poison;
 use crate::policy::Queue;
+use crate::protect::first_write;
 use crate::readahead::{LONGEST_WINDOW, WINDOW_SHARE, Window};
 use crate::staging;
 use crate::stats::add;
@@ -49,6 +51,8 @@ pub(crate) struct Filling {
     pub(crate) block: u32,
     /// The thread that asked, 0 if none sleeps on it.
     pub(crate) thread: u32,
+    /// The page that it asked for in order to write it.
+    written: Option<usize>,
     pub(crate) began: Instant,
     /// Tries of the read so far.
     tries: u32,
@@ -78,6 +82,7 @@ impl Filling {
             body,
             block,
             thread,
+            written: None,
             began,
             tries: 0,
             no_room_since: None,
@@ -85,6 +90,23 @@ impl Filling {
             ahead: false,
         }
     }
+}
+
+impl Filling {
+    /// The fill that a touch asks for.
+    fn asked_by(touch: &Touch, body: Arc<Body>, block: u32) -> Filling {
+        Filling {
+            written: written(touch, &body),
+            ..Filling::new(body, block, touch.thread, touch.read)
+        }
+    }
+}
+
+/// The page that a touch is going to write.
+fn written(touch: &Touch, body: &Body) -> Option<usize> {
+    touch
+        .write
+        .then(|| (touch.address - body.memory.main()) / body.memory.page())
 }
 
 impl Engine {
@@ -153,7 +175,7 @@ impl Engine {
                 drop(table);
                 self.trace(Kind::Missing, &body, block, touch.thread);
                 self.look_ahead(&body, block, touch.thread);
-                self.fill(Filling::new(body, block, touch.thread, touch.read), lead);
+                self.fill(Filling::asked_by(touch, body, block), lead);
             }
             Answer::Map => {
                 table.claim(block, Purpose::Map);
@@ -163,7 +185,7 @@ impl Engine {
             }
             Answer::MapDirty => {
                 table.claim(block, Purpose::Refill);
-                if body.writable() {
+                if self.evidence(&body) == Evidence::Kernel {
                     table.mark_dirty(body.pages(block));
                 }
                 drop(table);
@@ -186,21 +208,25 @@ impl Engine {
                     let len = body.block_len(block);
                     let _ = body.memory.zap(body.start(block), len);
                     self.give_back(&body, len as u64);
-                    self.fill(Filling::new(body, block, touch.thread, touch.read), lead);
+                    self.fill(Filling::asked_by(touch, body, block), lead);
                 }
             }
             Answer::Poison => {
-                let _ = self.poison(&body, block);
+                let _ = self.poison(&body, &mut table, block);
                 drop(table);
                 self.wake(&body, block);
             }
             Answer::Unprotect => {
                 let page = offset / body.memory.page();
-                table.mark_dirty(page..page + 1);
+                let memory = self.protection(&body);
+                if !first_write(&memory, &mut table, page, body.pages(block)) {
+                    self.wake(&body, block);
+                }
                 drop(table);
                 self.trace(Kind::Write, &body, block, touch.thread);
-                let start = body.memory.main() + page * body.memory.page();
-                let _ = self.uffd.writeprotect(start, body.memory.page(), 0);
+                body.counters
+                    .latency
+                    .record(touch.read.elapsed().as_nanos() as u64);
             }
         }
     }
@@ -211,7 +237,7 @@ impl Engine {
         let mut table = body.lock();
         let memo = self.pool_of(body).came_back(table.memo(block));
         table.set_memo(block, memo);
-        let waited = body.release(&mut table, block, State::Resident);
+        let waited = self.mapped(body, &mut table, block, written(touch, body));
         drop(table);
         add(&body.counters.hits, 1);
         self.seat(body, block, Queue::Mapped(memo.rank()));
@@ -223,6 +249,22 @@ impl Engine {
         body.counters
             .latency
             .record(touch.read.elapsed().as_nanos() as u64);
+    }
+
+    /// Ends the ownership of a block that was just mapped; true if its sleepers are still to be woken. Where the
+    /// table holds the evidence nobody has been woken yet: whoever came to write is let through at once, since a
+    /// block that left between two messages of one write would come back for ever.
+    fn mapped(&self, body: &Body, table: &mut Table, block: u32, written: Option<usize>) -> bool {
+        // The mapping woke those who slept on the block then. Since then the program may have unmapped the
+        // page, and its next toucher may have been told to wait for us.
+        let waited = body.release(table, block, State::Resident);
+        if self.evidence(body) != Evidence::Table {
+            return waited;
+        }
+        if let Some(page) = written {
+            first_write(&self.protection(body), table, page, body.pages(block));
+        }
+        true
     }
 
     /// Maps a resting block that was claimed for Map, on behalf of nobody who sleeps on it.
@@ -419,15 +461,9 @@ impl Engine {
                 let mut table = body.lock();
                 let memo = self.pool_of(body).brought_in(table.memo(block));
                 table.set_memo(block, memo);
-                if !self.tracks(body) && body.writable() {
-                    // No evidence of writes on this kernel: what is mapped writable counts as dirty.
-                    table.mark_dirty(body.pages(block));
-                }
-                let waited = body.release(&mut table, block, State::Resident);
+                let waited = self.mapped(body, &mut table, block, filling.written);
                 drop(table);
                 if waited {
-                    // The mapping woke those who slept on the block then. Since then the program may have
-                    // unmapped the page, and its next toucher may have been told to wait for us.
                     self.wake(body, block);
                 }
                 self.settle_tables(body);
@@ -446,7 +482,10 @@ impl Engine {
         let (body, block) = (&filling.body, filling.block);
         staging::with(body.block_len(block), |buffer| {
             match self.read(filling, buffer, lead) {
-                Ok(true) => match self.map_copy(body, block, buffer) {
+                Ok(true) => match self
+                    .uncovered(body, block)
+                    .and_then(|()| self.map_copy(body, block, buffer))
+                {
                     Ok(()) => Tried::Mapped,
                     Err(error) => {
                         let _ = body.memory.zap(body.start(block), buffer.len());
@@ -472,7 +511,10 @@ impl Engine {
         }
         let buffer = body.memory.owned_block(filling, start, len);
         match self.read(filling, buffer, lead) {
-            Ok(true) => match self.map_again(body, block) {
+            Ok(true) => match self
+                .uncovered(body, block)
+                .and_then(|()| self.map_again(body, block))
+            {
                 Ok(()) => Tried::Mapped,
                 Err(error) => {
                     let _ = body.memory.zap(start, len);
@@ -490,6 +532,15 @@ impl Engine {
                 Tried::Failed(error)
             }
         }
+    }
+
+    /// Takes away what lies over a block that is tried again. UFFDIO_COPY and CONTINUE replace poison by
+    /// themselves.
+    fn uncovered(&self, body: &Body, block: u32) -> io::Result<()> {
+        if self.abilities.poison {
+            return Ok(());
+        }
+        self.unbar(body, &mut body.lock(), block)
     }
 
     /// When a call of the store that begins now counts as lost.
@@ -527,7 +578,7 @@ impl Engine {
         table.hung.remove(&block);
         if table.state(block) == State::Poisoned && !body.by_copy() && !table.sealed {
             // Releasing the memory lifted the poison of hugetlb pages.
-            let _ = self.poison(body, block);
+            let _ = self.poison(body, &mut table, block);
         }
         drop(table);
         self.note_hung(false);

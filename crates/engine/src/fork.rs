@@ -82,6 +82,15 @@ pub fn forget(gone: &[Kept]) {
     unlock();
 }
 
+/// Runs `change` while no fork of this process is under way: it leaves mappings for a moment as a child must
+/// not get them.
+pub(crate) fn between_forks<R>(change: impl FnOnce() -> R) -> R {
+    lock();
+    let result = change();
+    unlock();
+    result
+}
+
 extern "C" fn before() {
     lock();
 }

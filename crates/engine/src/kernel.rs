@@ -4,21 +4,27 @@
 //! or changes its pages, and buffers are the engine's own memory, which never faults into the engine.
 //!
 //! Every function says what it wakes: at the end of whatever happens to a block, its sleepers are woken.
+//!
+//! Memory that can be written is always mapped write-protected. Before Linux 6.4 UFFDIO_CONTINUE cannot do
+//! that: see [`Engine::continue_compared`].
 
 use std::io;
 use std::ops::Range;
 
 use userfault_uffd::abi::{
     PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC, PM_SCAN_WP_MATCHING,
-    UFFD_FEATURE_WP_ASYNC, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY_MODE_WP,
-    UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, page_region,
+    UFFDIO_CONTINUE_MODE_DONTWAKE, UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY_MODE_DONTWAKE,
+    UFFDIO_COPY_MODE_WP, UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_MISSING,
+    UFFDIO_REGISTER_MODE_WP, page_region,
 };
-use userfault_uffd::{Fill, Filled, Scan, fill};
+use userfault_uffd::{Fill, Filled, Outcome, Scan, fill};
 
 use crate::body::Body;
 use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::protect::Protected;
+use crate::staging;
 use crate::table::Table;
 
 /// Ranges that one call of PAGEMAP_SCAN reports at most.
@@ -32,10 +38,33 @@ fn failed(what: &str, filled: Filled) -> io::Error {
     }
 }
 
+/// Who knows which pages of a mapped block were written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Evidence {
+    /// Nobody can write them.
+    None,
+    /// The kernel: WP_ASYNC and PAGEMAP_SCAN (Linux 6.7).
+    Kernel,
+    /// The block table: the first write to a page is a message.
+    Table,
+}
+
+/// Bytes that are compared at once.
+const COMPARED: usize = 1 << 20;
+
+/// A mode of UFFDIO_CONTINUE without UFFDIO_CONTINUE_MODE_DONTWAKE.
+const CONTINUE_WAKES: u64 = 0;
+
 impl Engine {
-    /// True if the kernel keeps evidence of writes: pages are mapped write-protected under WP_ASYNC.
-    pub(crate) fn tracks(&self, body: &Body) -> bool {
-        body.writable() && self.uffd.has(UFFD_FEATURE_WP_ASYNC)
+    /// Who knows which pages of a mapped block were written.
+    pub(crate) fn evidence(&self, body: &Body) -> Evidence {
+        if !body.writable() {
+            Evidence::None
+        } else if self.abilities.wp_async {
+            Evidence::Kernel
+        } else {
+            Evidence::Table
+        }
     }
 
     /// Registers a region's memory, before its first touch.
@@ -43,16 +72,7 @@ impl Engine {
         if put_back(Defect::UserfaultfdForEach) {
             crate::defects::open_one_for(body.id);
         }
-        let mut mode = UFFDIO_REGISTER_MODE_MISSING;
-        if body.memory.shared() {
-            mode |= UFFDIO_REGISTER_MODE_MINOR;
-        }
-        if self.tracks(body) {
-            mode |= UFFDIO_REGISTER_MODE_WP;
-        }
-        let outcome = self
-            .uffd
-            .register(body.memory.main(), body.memory.len(), mode);
+        let outcome = self.register_range(body, 0, body.memory.len());
         if outcome.is_ok() {
             return Ok(());
         }
@@ -66,6 +86,18 @@ impl Engine {
         })
     }
 
+    /// Registers a part of a region's memory, before it can be touched.
+    pub(crate) fn register_range(&self, body: &Body, start: usize, len: usize) -> Outcome {
+        let mut mode = UFFDIO_REGISTER_MODE_MISSING;
+        if body.memory.shared() {
+            mode |= UFFDIO_REGISTER_MODE_MINOR;
+        }
+        if body.writable() {
+            mode |= UFFDIO_REGISTER_MODE_WP;
+        }
+        self.uffd.register(body.memory.main() + start, len, mode)
+    }
+
     /// Wakes whoever sleeps on a block.
     pub(crate) fn wake(&self, body: &Body, block: u32) {
         body.backing.wake(self, body, block);
@@ -77,17 +109,18 @@ impl Engine {
         let _ = self.uffd.wake(body.address(block), body.block_len(block));
     }
 
-    /// Puts `bytes` into an absent block and maps it; wakes.
+    /// Puts `bytes` into an absent block and maps it; wakes as [`Engine::copy`] does.
     pub(crate) fn map_copy(&self, body: &Body, block: u32, bytes: &[u8]) -> io::Result<()> {
         self.copy(body, body.start(block), bytes)
     }
 
-    /// Puts `bytes` at an offset of absent pages; wakes.
+    /// Puts `bytes` at an offset of absent pages; wakes, unless the table holds the evidence: then a thread that
+    /// came to write would only meet the protection, and the caller wakes when it has lifted it.
     pub(crate) fn copy(&self, body: &Body, start: usize, bytes: &[u8]) -> io::Result<()> {
-        let mode = if self.tracks(body) {
-            UFFDIO_COPY_MODE_WP
-        } else {
-            0
+        let mode = match self.evidence(body) {
+            Evidence::None => 0,
+            Evidence::Kernel => UFFDIO_COPY_MODE_WP,
+            Evidence::Table => UFFDIO_COPY_MODE_WP | UFFDIO_COPY_MODE_DONTWAKE,
         };
         let page = body.memory.page();
         let exists = if body.memory.shared() {
@@ -123,7 +156,12 @@ impl Engine {
                     let at = from + at;
                     // SAFETY: the caller owns the block, and the page is in memory.
                     unsafe { body.memory.copy_in(start + at, &bytes[at..at + page]) };
-                    self.continue_range(body, start + at, page)?;
+                    if body.writable() && !self.abilities.continue_protects {
+                        self.continue_compared(body, start + at, &bytes[at..at + page])?;
+                    } else {
+                        self.continue_range(body, start + at, page, CONTINUE_WAKES)?;
+                    }
+                    let _ = self.uffd.wake(address + at, page);
                     from = at + page;
                 }
                 // No events are asked for, so this passes by itself.
@@ -137,17 +175,68 @@ impl Engine {
         Ok(())
     }
 
-    /// Maps a block that is in memory, whole, and unmapped; wakes. Pages of it that are mapped already
-    /// stay as they are.
+    /// Maps a block that is in memory, whole, and unmapped; wakes as [`Engine::copy`] does. Pages of it that
+    /// are mapped already stay as they are, but for their protection.
     pub(crate) fn map_again(&self, body: &Body, block: u32) -> io::Result<()> {
-        self.continue_range(body, body.start(block), body.block_len(block))
+        let (start, len) = (body.start(block), body.block_len(block));
+        if !body.writable() || self.abilities.continue_protects {
+            let quiet = self.evidence(body) == Evidence::Table;
+            let mode = if quiet {
+                UFFDIO_CONTINUE_MODE_DONTWAKE
+            } else {
+                CONTINUE_WAKES
+            };
+            return self.continue_range(body, start, len, mode);
+        }
+        // Pages that the program gave back are taken anew before they are read: a full pool must not be SIGBUS.
+        body.memory.claim(start, len)?;
+        let piece = COMPARED.max(body.memory.page());
+        for at in (start..start + len).step_by(piece) {
+            staging::with(piece.min(start + len - at), |before| {
+                body.memory.copy_held(at, before);
+                self.continue_compared(body, at, before)
+            })?;
+        }
+        if self.evidence(body) != Evidence::Table {
+            self.wake(body, block);
+        }
+        Ok(())
     }
 
-    fn continue_range(&self, body: &Body, start: usize, len: usize) -> io::Result<()> {
-        let mode = if self.tracks(body) {
-            UFFDIO_CONTINUE_MODE_WP
+    /// Maps pages that hold `before`, write-protected, where UFFDIO_CONTINUE can only map them writable
+    /// (before Linux 6.4). Wakes nobody.
+    ///
+    /// Between the two calls another thread may write a page without a message. So the bytes are compared
+    /// once the pages are protected: from then on nobody writes them, since a write is answered under the
+    /// table's lock and the block has an owner. A page that still holds what it held is as clean or as
+    /// dirty as before; a page that does not is dirty. Where protecting fails, all of them are.
+    fn continue_compared(&self, body: &Body, start: usize, before: &[u8]) -> io::Result<()> {
+        self.continue_range(body, start, before.len(), UFFDIO_CONTINUE_MODE_DONTWAKE)?;
+        let page = body.memory.page();
+        let pages = start / page..(start + before.len()) / page;
+        if !self.protection(body).protect(pages.clone()) {
+            body.lock().mark_dirty(pages);
+            return Ok(());
+        }
+        for (number, was) in pages.zip(before.chunks(page)) {
+            if !body.memory.holds(number * page, was) {
+                body.lock().mark_dirty(number..number + 1);
+            }
+        }
+        Ok(())
+    }
+
+    fn continue_range(
+        &self,
+        body: &Body,
+        start: usize,
+        len: usize,
+        dont_wake: u64,
+    ) -> io::Result<()> {
+        let mode = if body.writable() && self.abilities.continue_protects {
+            UFFDIO_CONTINUE_MODE_WP | dont_wake
         } else {
-            0
+            dont_wake
         };
         let address = body.memory.main() + start;
         let mut from = 0;
@@ -158,7 +247,7 @@ impl Engine {
             });
             match filled {
                 Filled::Whole { skipped } => {
-                    if skipped > 0 {
+                    if skipped > 0 && dont_wake == CONTINUE_WAKES {
                         // EEXIST wakes nobody.
                         let _ = self.uffd.wake(address, len);
                     }
@@ -174,9 +263,12 @@ impl Engine {
     }
 
     /// Makes every touch of an absent block SIGBUS.
-    pub(crate) fn poison(&self, body: &Body, block: u32) -> io::Result<()> {
+    pub(crate) fn poison(&self, body: &Body, table: &mut Table, block: u32) -> io::Result<()> {
+        if !self.abilities.poison {
+            return self.bar(body, table, block);
+        }
         let (start, len) = (body.address(block), body.block_len(block));
-        if self.tracks(body) {
+        if body.writable() {
             // Poison goes only where there is nothing: lift the markers that protection left behind.
             let _ = self.uffd.writeprotect(start, len, 0);
         }
@@ -188,6 +280,14 @@ impl Engine {
             Filled::Whole { .. } => Ok(()),
             other => Err(failed("UFFDIO_POISON", other)),
         }
+    }
+
+    /// Takes the poison off a block again: nothing of it is mapped, and touching it is a message.
+    pub(crate) fn lift_poison(&self, body: &Body, table: &mut Table, block: u32) -> io::Result<()> {
+        if !self.abilities.poison {
+            return self.unbar(body, table, block);
+        }
+        body.memory.zap(body.start(block), body.block_len(block))
     }
 
     /// True if the page at `address` is mapped now.
@@ -202,7 +302,8 @@ impl Engine {
     /// else does not: a zapped dirty hugetlb page reports neither.
     pub(crate) fn harvest_zapped(&self, body: &Body, block: u32) -> Vec<Range<usize>> {
         let pages = body.pages(block);
-        if !body.writable() {
+        if self.evidence(body) != Evidence::Kernel {
+            // Read-only, or the table knows: a page could be written only when its bit was set.
             return Vec::new();
         }
         let scan = Scan {
@@ -215,16 +316,13 @@ impl Engine {
         };
         let mut dirty = Vec::new();
         let mut next = pages.start;
-        let scanned = self.tracks(body)
-            && self
-                .scan(body, pages.clone(), &scan, |clean| {
-                    if clean.start > next {
-                        dirty.push(next..clean.start);
-                    }
-                    next = clean.end;
-                })
-                .is_ok();
-        if !scanned {
+        let scanned = self.scan(body, pages.clone(), &scan, |clean| {
+            if clean.start > next {
+                dirty.push(next..clean.start);
+            }
+            next = clean.end;
+        });
+        if scanned.is_err() {
             return vec![pages];
         }
         if next < pages.end {
@@ -233,11 +331,11 @@ impl Engine {
         dirty
     }
 
-    /// Gathers the evidence of mapped blocks held in Cleaning and protects them again, in one step. Marks
-    /// the written pages dirty for every consumer.
+    /// Gathers the kernel's evidence of mapped blocks held in Cleaning and protects them again, in one step.
+    /// Where the table knows what was written there is none, and [`crate::protect`] protects.
     pub(crate) fn harvest_mapped(&self, body: &Body, pages: Range<usize>) -> Vec<Range<usize>> {
-        if !self.tracks(body) {
-            return vec![pages];
+        if self.evidence(body) != Evidence::Kernel {
+            return Vec::new();
         }
         let scan = Scan {
             flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,

@@ -13,8 +13,10 @@
 //! | `policy` | who leaves memory next: pure, and run by the simulator in `sim/` |
 //! | `pool`, `room`, `limit` | who is in memory, under which limit, and that everybody gets on |
 //! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
-//! | `clock`, `poison` | deadlines, and blocks that could not be had |
+//! | `protect` | synchronous write-protection: the table knows what was written |
+//! | `clock`, `poison`, `bar` | deadlines, blocks that could not be had, and how a touch of one ends |
 //! | `errand` | calls of stores on behalf of somebody who does not wait for ever |
+//! | `abilities` | what the running kernel has, and what takes the place of what it lacks |
 //! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
 //! | `readahead` | walks, and what to bring in for them |
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
@@ -37,8 +39,10 @@
 //! * Every open fault has a deadline, after which its toucher gets SIGBUS and the cause is told.
 //! * Fail-stop: memory that is no longer served cannot be touched; it never reads as zeros.
 
+pub mod abilities;
 mod access;
 mod backing;
+mod bar;
 pub mod block;
 mod body;
 mod clean;
@@ -66,6 +70,7 @@ mod poison;
 pub mod policy;
 pub mod pool;
 mod prefetch;
+mod protect;
 mod raw_read;
 pub mod readahead;
 mod region;

@@ -64,6 +64,8 @@ pub struct Memory {
     view: usize,
     len: usize,
     page: usize,
+    /// What the user may do with the mapping.
+    prot: i32,
     file: Option<File>,
 }
 
@@ -178,6 +180,7 @@ impl Memory {
             view: 0,
             len,
             page,
+            prot,
             file,
         };
         match &memory.file {
@@ -218,17 +221,14 @@ impl Memory {
             view: 0,
             len,
             page,
+            prot: libc::PROT_NONE,
             file: None,
         }
     }
 
     fn advise(&self, at: usize, len: usize, advice: i32) -> Result<(), Error> {
-        // SAFETY: the range lies in a mapping that this value owns; none of the advices used here
-        // touches memory outside it.
-        if unsafe { libc::madvise(at as *mut libc::c_void, len, advice) } < 0 {
-            return Err(Error::last_os("madvise", ""));
-        }
-        Ok(())
+        self.advise_raw(at, len, advice)
+            .map_err(|_| Error::last_os("madvise", ""))
     }
 
     /// What the memory is made of.
@@ -387,6 +387,86 @@ impl Memory {
                 into.len(),
             )
         }
+    }
+
+    /// True if the view holds exactly these bytes. The caller owns the block, and its pages are in memory.
+    pub(crate) fn holds(&self, start: usize, bytes: &[u8]) -> bool {
+        assert!(start + bytes.len() <= self.len && self.shared());
+        // SAFETY: in bounds of the view; a raw comparison, since the user's threads may still write the
+        // pages: they make the answer false, or write what is there already.
+        unsafe {
+            libc::memcmp(
+                (self.view + start) as *const libc::c_void,
+                bytes.as_ptr().cast(),
+                bytes.len(),
+            ) == 0
+        }
+    }
+
+    /// Lays a mapping of an empty file over a part of the user's mapping: a touch is SIGBUS.
+    pub(crate) fn cover(&self, offset: usize, len: usize) -> io::Result<()> {
+        assert!(offset + len <= self.len);
+        let empty = memfd(0)?;
+        let flags = libc::MAP_FIXED | libc::MAP_SHARED | libc::MAP_NORESERVE;
+        // At an offset of its own, so that neighbours are one entry of the process's map.
+        self.replace(offset, len, self.prot, flags, empty.as_raw_fd())
+    }
+
+    /// Puts the memory back where [`Memory::cover`] took it away, without access.
+    pub(crate) fn uncover(&self, offset: usize, len: usize) -> io::Result<()> {
+        assert!(offset + len <= self.len);
+        let flags = libc::MAP_FIXED | libc::MAP_NORESERVE;
+        match &self.file {
+            Some(file) => {
+                let flags = flags | libc::MAP_SHARED;
+                self.replace(offset, len, libc::PROT_NONE, flags, file.as_raw_fd())
+            }
+            None => {
+                let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+                self.replace(offset, len, libc::PROT_NONE, flags, -1)?;
+                self.advise_raw(self.main + offset, len, libc::MADV_NOHUGEPAGE)
+            }
+        }
+    }
+
+    fn replace(
+        &self,
+        offset: usize,
+        len: usize,
+        prot: i32,
+        flags: i32,
+        fd: RawFd,
+    ) -> io::Result<()> {
+        // SAFETY: the range lies in the user's mapping, which this value owns.
+        let address = unsafe {
+            libc::mmap(
+                (self.main + offset) as *mut libc::c_void,
+                len,
+                prot,
+                flags,
+                fd,
+                offset as i64,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        self.advise_raw(self.main + offset, len, libc::MADV_DONTFORK)
+    }
+
+    fn advise_raw(&self, at: usize, len: usize, advice: i32) -> io::Result<()> {
+        // SAFETY: the range lies in a mapping that this value owns; none of the advices used here
+        // touches memory outside it.
+        if unsafe { libc::madvise(at as *mut libc::c_void, len, advice) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Lets the user touch what [`Memory::uncover`] put back.
+    pub(crate) fn open_again(&self, offset: usize, len: usize) -> io::Result<()> {
+        assert!(offset + len <= self.len);
+        open_up(self.main + offset, len, self.prot).map_err(|_| io::Error::last_os_error())
     }
 
     /// Makes a part of the user's mapping inaccessible for good.

@@ -2,7 +2,9 @@
 //!
 //! A pinned block is resident and is not evicted. Through a pin with `write` a device may write behind
 //! every page table (O_DIRECT reads into the region, io_uring's fixed buffers, RDMA): such blocks are
-//! dirty at every flush until the pin ends, and once more when it does.
+//! dirty at every flush until the pin ends, and once more when it does. Where the first write to a page is a
+//! message (see `protect`), the pages under such a pin are never protected: a system call that writes them must
+//! not need one.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,7 +13,9 @@ use crate::block::State;
 use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::kernel::Evidence;
 use crate::policy::Queue;
+use crate::protect::Protected;
 use crate::table::Table;
 
 /// A pinned range; dropping it unpins.
@@ -160,6 +164,12 @@ impl Pin {
         }
         for block in blocks {
             make_resident(engine, body, block)?;
+            if write && engine.evidence(body) == Evidence::Table {
+                // Whoever cleans the block from here on sees the pin, and leaves the pages writable.
+                let mut table = body.lock();
+                table.mark_dirty(body.pages(block));
+                engine.protection(body).lift(body.pages(block));
+            }
         }
         Ok(pin)
     }

@@ -1,7 +1,8 @@
 //! Blocks that could not be had: SIGBUS at the touch, a record, one line on stderr, and the way back.
 //!
 //! Poison is a state of the table. The marker in the page table is only its shadow: a neighbour's
-//! UFFDIO_CONTINUE or the program's own MADV_DONTNEED can lift it, and then it is put back.
+//! UFFDIO_CONTINUE or the program's own MADV_DONTNEED can lift it, and then it is put back. Where the kernel
+//! has no poison, a mapping of nothing takes its place (see `bar`).
 
 use std::io;
 use std::sync::Arc;

@@ -177,6 +177,7 @@ impl Region {
             block: shape.block,
             own_pool,
         }));
+        body.lock().tables_stay = !engine.frees_tables(&body);
         engine.pool.admit(body.block as u64);
         if let Some(own) = &body.own_pool {
             own.admit(body.block as u64);

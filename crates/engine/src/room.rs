@@ -15,6 +15,7 @@ use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::evict;
+use crate::kernel::Evidence;
 use crate::limit::{CGROUP_MARGIN, Cgroup};
 use crate::memory::Kind;
 use crate::policy::{Queue, Rank, Seat};
@@ -175,15 +176,22 @@ impl Engine {
         }
     }
 
+    /// True if the page tables of a region can be given back before it is closed: if the kernel frees them, and
+    /// no write-protect marker need stay that nobody may lift who does not own its block.
+    pub(crate) fn frees_tables(&self, body: &Body) -> bool {
+        self.abilities.frees_tables && self.evidence(body) != Evidence::Table
+    }
+
     /// Gives back the page tables of a block's span, of which nothing is in memory, and lets go of the
     /// mappings (see [`Table::hold_idle_span`](crate::table::Table::hold_idle_span)).
     ///
     /// Write-protect markers keep a table in use, so they are lifted first; then unmapping the whole span
     /// frees the table. Both are safe beside a fill that begins meanwhile: a page without its marker counts
-    /// as dirty, and a page that is unmapped again faults again.
+    /// as dirty, and a page that is unmapped again faults again. Where the table knows what was written the
+    /// first would lose writes: see [`Engine::frees_tables`].
     pub(crate) fn release_tables(&self, body: &Body, block: u32) {
         let (start, len) = body.span(block);
-        if self.tracks(body) {
+        if self.evidence(body) == Evidence::Kernel {
             let _ = self.uffd.writeprotect(
                 body.memory.main() + start,
                 len,

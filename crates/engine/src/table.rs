@@ -20,6 +20,9 @@ const WAITED: u8 = 1;
 /// The owner puts back pages of a block that is resident before and after.
 const REFILLING: u8 = 2;
 
+/// A span has a page table.
+const TABLE: u16 = 1 << 15;
+
 /// A block that could not be had.
 #[derive(Debug, Clone)]
 pub struct BlockError {
@@ -55,8 +58,10 @@ pub struct Table {
     flags: Vec<u8>,
     /// What the policy remembers of each block, as the number of a [`Memo`].
     memos: Vec<u32>,
-    /// Blocks of each span that are not absent: a span that has none needs no page table.
+    /// Blocks of each span that are not absent, and [`TABLE`]: a span that has none needs no page table.
     spans: Vec<u16>,
+    /// The kernel frees no page table before its mapping goes.
+    pub(crate) tables_stay: bool,
     blocks_per_span: usize,
     /// Spans that came into use, less those that went out, since the pool was last told.
     unsettled_spans: i64,
@@ -75,6 +80,8 @@ pub struct Table {
     waiting_since: HashMap<u32, Instant>,
     /// Owned blocks whose sleepers were given up: poison lies over them until their owner comes back.
     given_up: HashSet<u32>,
+    /// Blocks over which lies a mapping of nothing, where the kernel has no poison.
+    pub(crate) barred: HashSet<u32>,
     /// Fills under way.
     pub(crate) filling: usize,
     /// Fills that wait until fewer are under way.
@@ -109,6 +116,7 @@ impl Table {
     ) -> Table {
         Table {
             spans: vec![0; blocks.div_ceil(blocks_per_span)],
+            tables_stay: false,
             blocks_per_span,
             unsettled_spans: 0,
             spans_used: 0,
@@ -122,6 +130,7 @@ impl Table {
             hung: HashMap::new(),
             waiting_since: HashMap::new(),
             given_up: HashSet::new(),
+            barred: HashSet::new(),
             filling: 0,
             fills_waiting: VecDeque::new(),
             errors: Vec::new(),
@@ -166,12 +175,18 @@ impl Table {
             let span = &mut self.spans[block as usize / self.blocks_per_span];
             if is {
                 *span += 1;
-                self.spans_used += usize::from(*span == 1);
-                self.unsettled_spans += i64::from(*span == 1);
+                if *span & TABLE == 0 {
+                    *span |= TABLE;
+                    self.spans_used += 1;
+                    self.unsettled_spans += 1;
+                }
             } else {
                 *span -= 1;
-                self.spans_used -= usize::from(*span == 0);
-                self.unsettled_spans -= i64::from(*span == 0);
+                if *span == TABLE && !self.tables_stay {
+                    *span = 0;
+                    self.spans_used -= 1;
+                    self.unsettled_spans -= 1;
+                }
             }
         }
     }

@@ -10,6 +10,7 @@ use std::hash::{DefaultHasher, Hasher};
 use crate::block::State;
 use crate::body::Body;
 use crate::engine::Engine;
+use crate::kernel::Evidence;
 
 /// True if the environment asks for it.
 pub(crate) fn asked_for() -> bool {
@@ -34,7 +35,8 @@ impl Engine {
     /// Notes what a block holds that is held in Cleaning, after it was protected: whatever is written from
     /// here on leaves evidence, and so takes the note away. Not if a device may write to it, which leaves none.
     pub(crate) fn note_cleaned(&self, body: &Body, block: u32) {
-        if !self.hashing || !body.memory.shared() || !self.tracks(body) {
+        // Where the table holds the evidence, a write may take the note away before it is made.
+        if !self.hashing || !body.memory.shared() || self.evidence(body) != Evidence::Kernel {
             return;
         }
         {

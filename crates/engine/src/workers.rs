@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::lock::{Condvar, Mutex};
-use userfault_uffd::abi::{UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP};
+use userfault_uffd::abi::{
+    UFFD_PAGEFAULT_FLAG_MINOR, UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE,
+};
 use userfault_uffd::{Message, MessageBuffer};
 
 use crate::block::Fault;
@@ -35,6 +37,8 @@ pub(crate) const BATCH: usize = 16;
 pub(crate) struct Touch {
     pub(crate) address: usize,
     pub(crate) fault: Fault,
+    /// It is going to write.
+    pub(crate) write: bool,
     /// The sleeper's thread id.
     pub(crate) thread: u32,
     /// The served process whose memory it is (see `served`); 0 is this one.
@@ -64,6 +68,7 @@ impl Touch {
         Some(Touch {
             address,
             fault,
+            write: flags & UFFD_PAGEFAULT_FLAG_WRITE != 0,
             thread: ptid,
             process,
             read,

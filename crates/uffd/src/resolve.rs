@@ -65,6 +65,18 @@ impl Uffd {
         Outcome::of_field(errno, argument.mapped)
     }
 
+    /// True if UFFDIO_CONTINUE can map write-protected (Linux 6.4). No feature bit says so: it is asked to do it
+    /// where nothing is registered, and an older kernel refuses the mode before it looks for the memory.
+    pub fn continue_protects(&self) -> bool {
+        let here = 0u8;
+        // SAFETY: sysconf takes one integer.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+        let start = (&raw const here).addr() / page * page;
+        // SAFETY: the stack is registered with no userfaultfd, so nothing is mapped.
+        let outcome = unsafe { self.continue_(start, page, UFFDIO_CONTINUE_MODE_WP) };
+        outcome.errno != libc::EINVAL
+    }
+
     /// UFFDIO_POISON: makes every touch of absent pages raise SIGBUS.
     ///
     /// # Safety

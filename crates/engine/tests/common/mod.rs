@@ -65,6 +65,16 @@ pub fn writable_kinds() -> Vec<Kind> {
     vec![COPIED, COPIED_64K, VIEWED, HUGE_PAGES]
 }
 
+/// True if what is unmapped whole gives its page tables back: Linux 6.14, unless the protection of pages that
+/// can be written is the table's own (see `protect.rs`).
+pub fn frees_page_tables(access: Access) -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|n| n.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap(), numbers.next().unwrap());
+    let without = std::env::var("USERFAULT_WITHOUT").unwrap_or_default();
+    version >= (6, 14) && (access == Access::ReadOnly || !without.contains("wp_async"))
+}
+
 /// Options of a region over the whole of a store of `len` bytes.
 pub fn options(kind: Kind, access: Access, len: usize, limit: Option<u64>) -> RegionOptions {
     RegionOptions {

@@ -4,8 +4,8 @@
                                      ^                                |
                                      +------------- minor fault ------+
 
-Filling, Evicting, Cleaning, Writing and Poisoning have one owner; a fault on such a block waits, and only the
-owner maps it and wakes. A test compares these tables with the Rust source.
+Filling, Evicting, Cleaning, Writing and Poisoning have one owner; a fault on such a block waits (but for a
+first write during a write-back), and only the owner maps it and wakes. A test compares these tables with the Rust source.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class Answer(enum.Enum):
 
 def answer(state: State, fault: Fault, present: Callable[[], bool]) -> Answer:
     """Answers a fault. `present`: the page is mapped now; asked only where it matters."""
+    if state is State.CLEANING and fault is Fault.WRITE_PROTECT:
+        return Answer.UNPROTECT
     if state.exclusive:
         return Answer.WAIT
     if state is not State.RESIDENT:

@@ -9,8 +9,14 @@ ARGS ?=
 TOUR ?=
 # How long `make soak` goes on.
 MINUTES ?= 120
+# What `make older` does without: with none left out, which is the ordinary run, these are all pairs.
+WITHOUT ?= continue_wp,poison wp_async,poison wp_async,continue_wp
+# All combinations, and all of the engine's tests: for `make soak`.
+WITHOUT_ALL := wp_async continue_wp poison $(WITHOUT) wp_async,continue_wp,poison
+# What `make kernels` is given, for instance: make kernels KERNELS='6.12 --parts kills'
+KERNELS ?=
 
-.PHONY: help tour test bench lint docs soak clean
+.PHONY: help tour test older kernels bench lint docs soak clean
 help: ## what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
 
@@ -42,7 +48,18 @@ tour: .venv/.ext ## watch NumPy work on a file larger than the memory it may use
 test: .venv/.ext ## run every test, Rust's and then Python's
 	cargo test --release --workspace --exclude userfault-python
 	cargo test --release -p userfault-engine --features defects --test umap_defects put_back
+	$(MAKE) older
 	$(BIN)/python -m pytest $(ARGS)
+
+# The parts of paging that do the work of a missing feature.
+OLDER_RUST := $(addprefix --test ,dirty_evidence lost_writes store_errors)
+OLDER_PYTHON := $(addprefix tests/face/test_,open.py private.py io_errors.py system_calls.py)
+older: .venv/.ext ## the tests of paging without what newer kernels have
+	set -e; for without in $(WITHOUT); do echo "without $$without"; export USERFAULT_WITHOUT=$$without; \
+	    cargo test --release -q -p userfault-engine $(OLDER_RUST); $(BIN)/python -m pytest -q $(OLDER_PYTHON); done
+
+kernels: .venv/.ext ## tests under Debian's 6.1 and 6.12 in QEMU
+	@$(BIN)/python -m tools.kernels $(KERNELS)
 
 bench: .venv/.ext ## measure against floors and rivals; writes docs/reference/performance.md
 	$(BIN)/python -m benches $(ARGS)

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+TIME_SCALE = float(os.environ.get("USERFAULT_TIME_SCALE", "1"))
+"""By how much every time limit is longer: `make kernels` sets it, since an emulated machine is slow."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -36,6 +39,7 @@ def run(
     prefix: list[str] | None,
 ) -> Finished:
     """Runs code (a string) or a script (a path) and kills its whole group at the end, whatever happened."""
+    timeout *= TIME_SCALE
     code = [str(program)] if isinstance(program, Path) else ["-c", program]
     command = [*(prefix or []), sys.executable, "-X", "faulthandler", *code, *arguments]
     with TemporaryDirectory(dir=folder) as scratch:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import pytest
 
-from child_process import Finished, run
+from child_process import TIME_SCALE, Finished, run
 from userfault.testing.hugetlb_pool import PoolUnavailable, reclaim, reserved
 from userfault.testing.memory_cgroup import CgroupUnavailable, MemoryCgroup
 
@@ -42,7 +42,7 @@ def pytest_unconfigure() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     mark = item.get_closest_marker("time_limit")
-    seconds = mark.args[0] if mark else SECONDS
+    seconds = (mark.args[0] if mark else SECONDS) * TIME_SCALE
     if item.get_closest_marker("soak"):
         seconds = max(seconds, 60 * soak_minutes() + SECONDS)
     faulthandler.dump_traceback_later(seconds, exit=True, file=_stderr)

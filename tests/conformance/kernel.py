@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import userfault
+from child_process import TIME_SCALE
 from conformance import kernel_settings
 from conformance.backend import (
     HUGE,
@@ -43,7 +44,7 @@ from userfault.abi import Message, Outcome, PageRegion
 
 T = TypeVar("T")
 
-SECONDS = 15
+SECONDS = 15 * TIME_SCALE
 """An operation that must finish fails the test after so long."""
 MOMENT = 0.05
 """How long nothing must happen to be called quiet."""

@@ -408,6 +408,7 @@ impl Region {
         let mut stats = of_body(&self.body);
         if let Some(engine) = Engine::existing() {
             stats.limit = engine.pool_of(&self.body).figures().limit;
+            stats.without = engine.abilities.missing();
         }
         stats::percentiles(&[&self.body.counters.latency], &mut stats);
         stats
@@ -625,6 +626,7 @@ pub fn stats() -> Stats {
         total.pinned += one.pinned;
     }
     engine.past.add_to(&mut total);
+    total.without = engine.abilities.missing();
     let figures = engine.pool.figures();
     (total.limit, total.used) = (figures.limit, figures.used);
     total.staging = staging::STAGED.load(Ordering::Relaxed);

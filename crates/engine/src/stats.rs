@@ -53,6 +53,8 @@ macro_rules! counters {
             pub pinned: u64,
             /// Open regions.
             pub regions: u64,
+            /// Names of what the engine does without (see `abilities`).
+            pub without: Vec<&'static str>,
             /// Half of all faults took less than this, nanoseconds.
             pub latency_p50_ns: u64,
             /// 99 of 100 faults took less than this, nanoseconds.

@@ -1,7 +1,7 @@
 //! `userfault.Stats`.
 
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyTuple};
 
 /// Makes the class, its dictionary and its repr from one list of figures.
 macro_rules! figures {
@@ -12,11 +12,12 @@ macro_rules! figures {
         #[pyclass(frozen, module = "userfault._native")]
         pub struct Stats {
             $($(#[$doc])* #[pyo3(get)] $name: $type,)+
+            without: Vec<&'static str>,
         }
 
         impl From<userfault_engine::Stats> for Stats {
             fn from(from: userfault_engine::Stats) -> Self {
-                Self { $($name: $value(&from),)+ }
+                Self { $($name: $value(&from),)+ without: from.without }
             }
         }
 
@@ -27,6 +28,13 @@ macro_rules! figures {
                 let dict = PyDict::new(py);
                 $(dict.set_item(stringify!($name), self.$name)?;)+
                 Ok(dict)
+            }
+
+            /// What the engine does without: "wp_async", "continue_wp", "poison". The kernel lacks them, or
+            /// USERFAULT_WITHOUT names them. Empty before the first region.
+            #[getter]
+            fn without<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+                PyTuple::new(py, &self.without)
             }
 
             fn __repr__(&self) -> String {

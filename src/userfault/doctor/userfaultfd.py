@@ -17,6 +17,8 @@ from userfault.doctor.machine import Machine
 
 TOPIC = "userfaultfd"
 DEVICE = "/dev/userfaultfd"
+WITHOUT = "USERFAULT_WITHOUT"
+"""The environment variable that names features of the kernel to do without, for tests."""
 
 Way: TypeAlias = Literal["system call", "device", "user-mode-only"]
 """How a userfaultfd is opened. Only the first two may answer faults of the kernel (read(2) into a region)."""
@@ -124,6 +126,9 @@ def userfaultfd_findings(machine: Machine, attempts: Mapping[Way, Attempt], scan
     if any(a.errno == 0 for a in attempts.values()):
         findings += [_feature(name, bit, features) for name, bit in _FEATURES.items()]
     findings.append(_pagemap_scan(scan))
+    if without := os.environ.get(WITHOUT):
+        why = f"{WITHOUT} is set: regions do without these, as on an older kernel."
+        findings.append(Finding(TOPIC, "left out", "fact", without, why))
     return findings
 
 
@@ -262,8 +267,9 @@ _FEATURES: Final = {
 """What userfault builds on: the kernel's name, the first version with it, and how bad its absence is."""
 
 _WITHOUT: Final = {
-    "poison": "A block that cannot be had is made inaccessible instead: the touch is SIGSEGV.",
-    "tracking writes without faults": "The first write to each page costs a fault.",
+    "poison": "A block that cannot be had is covered by a mapping of nothing; the touch is SIGBUS all the same.",
+    "tracking writes without faults": "The first write to each page costs a fault. Where kernel faults are "
+    "not allowed, a system call that writes it gets EFAULT, unless the range is pinned for writing.",
 }
 
 

@@ -20,6 +20,9 @@ Mode: TypeAlias = Literal["r", "r+", "w", "w-", "x", "a", "c"]
 
 _MODES = ("r", "r+", "w", "w-", "x", "a", "c")
 _LARGEST_BLOCK = 64 << 20
+_HUGE = 2 << 20
+_LONGEST_RETRY = 1e9
+"""Seconds; more do not fit into the clocks below."""
 _LARGEST_REGION = 1 << 46
 
 
@@ -103,6 +106,12 @@ def open(
     )
     if scratch is not None and mode != "c":
         raise ValueError(f"scratch is for private changes, in mode 'c'; mode is {mode!r}")
+    if options.pages == "2MiB" and options.block is not None and options.block < _HUGE:
+        # Before the file: what is refused must not have emptied it.
+        raise ValueError(
+            f'pages="2MiB" with a block of {in_words(options.block)}: a page is never larger than its block; '
+            'ask for a block of at least 2 MiB or for pages="4KiB"'
+        )
     store, owned = _store(path_or_store, mode, begin, wanted, locking)
     if mode == "c":
         return private_region(store, begin, wanted, options, scratch)
@@ -244,8 +253,8 @@ def checked_block(block: Size) -> int:
 
 
 def _checked_seconds(retry_for: float) -> float:
-    if not (math.isfinite(retry_for) and retry_for > 0):
-        raise ValueError(f"retry_for is {retry_for}: it is a number of seconds above 0")
+    if not (math.isfinite(retry_for) and 0 < retry_for <= _LONGEST_RETRY):
+        raise ValueError(f"retry_for is {retry_for}: it is a number of seconds above 0, and at most 1e9")
     return float(retry_for)
 
 

@@ -174,6 +174,8 @@ class Region(_native.Region):
         return done
 
     def __enter__(self) -> Region:
+        if self.closed:
+            raise ValueError("I/O operation on closed region")
         return self
 
     def __exit__(

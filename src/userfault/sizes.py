@@ -20,8 +20,8 @@ def parse_size(value: Size, name: str = "size") -> int:
     ``KiB, MiB, GiB, TiB, PiB`` are powers of 1024 and ``kB, MB, GB, TB, PB`` powers of 1000, as IEC 80000-13
     has them. A unit without a B ("256M") is ambiguous and refused; a bare number means bytes.
 
-    Raises ValueError for text that is no size, for a negative number and for a part of a byte; TypeError
-    for anything that is neither text nor an integer. `name` is what the message calls the value.
+    Raises ValueError for text that is no size, for a negative number, for a part of a byte, and from 2**63
+    on; TypeError for anything that is neither text nor an integer. `name` is what the message calls it.
     """
     if isinstance(value, str):
         match = _FORM.fullmatch(value)
@@ -35,7 +35,7 @@ def parse_size(value: Size, name: str = "size") -> int:
         size = Fraction(number) * (1024 if binary else 1000) ** _POWERS[prefix.lower()]
         if size.denominator != 1:
             raise ValueError(f"{name} is {value!r}, which is no whole number of bytes")
-        return int(size)
+        return _addressable(int(size), name)
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(
             f'{name} must be a number of bytes or text such as "256MiB", not {type(value).__name__}'
@@ -43,7 +43,13 @@ def parse_size(value: Size, name: str = "size") -> int:
     size_in_bytes = operator.index(value)
     if size_in_bytes < 0:
         raise ValueError(f"{name} is {size_in_bytes}: a size is never negative")
-    return size_in_bytes
+    return _addressable(size_in_bytes, name)
+
+
+def _addressable(size: int, name: str) -> int:
+    if size >= 1 << 63:
+        raise ValueError(f"{name} is {size}: no machine has so many bytes")
+    return size
 
 
 def in_words(size: int) -> str:

@@ -79,6 +79,7 @@ def test_a_closed_region_answers_like_a_closed_file(path: Path) -> None:
         lambda: region.heal(0, 1),
         lambda: memoryview(region),
         lambda: region.ndarray("u1"),
+        region.__enter__,
     ):
         with pytest.raises(ValueError, match="closed"):
             call()

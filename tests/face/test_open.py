@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import userfault
+from conftest import RunChild
 from userfault import FileStore, InUseError, MemoryStore, StoreError, ZeroStore
 
 NOISE = np.random.default_rng(1).integers(0, 256, 1_000_003, dtype=np.uint8).tobytes()
@@ -125,6 +127,7 @@ def test_modes_that_create_need_a_length(tmp_path: Path, mode: str) -> None:
         ({"on_error": "ignore"}, "on_error is 'ignore'"),
         ({"retry_for": 0}, "retry_for is 0"),
         ({"retry_for": float("nan")}, "retry_for is nan"),
+        ({"retry_for": 1e30}, "retry_for is 1e"),
         ({"offset": -1}, "offset is -1"),
         ({"offset": len(NOISE)}, "none of them at offset"),
         ({"length": 0}, "length is 0"),
@@ -136,6 +139,7 @@ def test_modes_that_create_need_a_length(tmp_path: Path, mode: str) -> None:
         ({"block": "128MiB"}, "power of two"),
         ({"block": "big"}, "block is 'big'"),
         ({"memory_limit": "much"}, "memory_limit is 'much'"),
+        ({"memory_limit": 1 << 70}, "no machine has so many bytes"),
         ({"pages": "2MiB", "block": "64KiB"}, "never larger than its block"),
     ],
 )
@@ -144,6 +148,26 @@ def test_what_makes_no_sense_is_refused_with_a_reason(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         userfault.open(path, **arguments)
+
+
+def test_what_is_refused_has_not_emptied_the_file(path: Path) -> None:
+    for arguments in (
+        {"block": 5},
+        {"pages": "2MiB", "block": "4KiB"},
+        {"retry_for": -1},
+        {"memory_limit": "x"},
+    ):
+        with pytest.raises(ValueError, match=r"block|pages|retry_for|memory_limit"):
+            userfault.open(path, "w", length=10, **arguments)
+    assert path.read_bytes() == NOISE
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path, run_child: RunChild) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code = "import sys, userfault\nuserfault.open(sys.argv[1])"
+    done = run_child(code, str(tmp_path / "pipe"), timeout=30, check=False)
+    assert "ValueError" in done.stderr
+    assert "neither a regular file nor a block device" in done.stderr
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

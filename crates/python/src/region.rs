@@ -47,15 +47,15 @@ impl Region {
     }
 
     /// A range of the region; no length means to the end.
-    fn range(&self, offset: u64, length: Option<u64>) -> PyResult<(u64, u64)> {
-        let end = self.region.len() as u64;
+    fn range(&self, offset: i64, length: Option<i64>) -> PyResult<(u64, u64)> {
+        let end = self.region.len() as i64;
         let length = length.unwrap_or(end.saturating_sub(offset));
-        if offset > end || length > end - offset {
+        if !(0..=end).contains(&offset) || !(0..=end - offset).contains(&length) {
             return Err(PyValueError::new_err(format!(
                 "{length} bytes at offset {offset} lie outside of the region of {end} bytes"
             )));
         }
-        Ok((offset, length))
+        Ok((offset as u64, length as u64))
     }
 
     /// Runs what may wait with the interpreter detached.
@@ -234,7 +234,7 @@ impl Region {
     /// is still in memory and is written again by the next flush. With errno ETIMEDOUT the store has not come
     /// back from a call in the time of retry_for: the call goes on, and its data stays dirty until it ends.
     #[pyo3(signature = (offset=0, length=None))]
-    fn flush(&self, py: Python<'_>, offset: u64, length: Option<u64>) -> PyResult<()> {
+    fn flush(&self, py: Python<'_>, offset: i64, length: Option<i64>) -> PyResult<()> {
         let (offset, length) = self.range(offset, length)?;
         self.wait_for(py, |region| region.flush(offset, length))
     }
@@ -264,8 +264,8 @@ impl Region {
         &self,
         py: Python<'_>,
         advice: &str,
-        offset: u64,
-        length: Option<u64>,
+        offset: i64,
+        length: Option<i64>,
     ) -> PyResult<()> {
         let advice = match advice {
             "normal" => Advice::Normal,
@@ -306,12 +306,13 @@ impl Region {
     fn _prefetch(
         &self,
         py: Python<'_>,
-        ranges: Vec<(u64, u64)>,
+        ranges: Vec<(i64, i64)>,
         wait: bool,
     ) -> PyResult<PrefetchTicket> {
-        for &(offset, length) in &ranges {
-            self.range(offset, Some(length))?;
-        }
+        let ranges = ranges
+            .into_iter()
+            .map(|(offset, length)| self.range(offset, Some(length)))
+            .collect::<PyResult<Vec<_>>>()?;
         let ticket = PrefetchTicket::new(self.wait_for(py, |region| region.prefetch(&ranges))?);
         if wait {
             ticket.wait(py)?;
@@ -325,7 +326,7 @@ impl Region {
     /// Raises MemoryError if the memory limit cannot hold it beside what is pinned already, PoisonedError if
     /// the bytes cannot be had.
     #[pyo3(signature = (offset=0, length=None, *, write=false))]
-    fn pin(slf: &Bound<'_, Self>, offset: u64, length: Option<u64>, write: bool) -> PyResult<Pin> {
+    fn pin(slf: &Bound<'_, Self>, offset: i64, length: Option<i64>, write: bool) -> PyResult<Pin> {
         let this = slf.get();
         let (offset, length) = this.range(offset, length)?;
         let pin = this.wait_for(slf.py(), |region| region.pin(offset, length, write))?;
@@ -336,7 +337,7 @@ impl Region {
     ///
     /// Raises StoreError if a block cannot be written; it stays in memory.
     #[pyo3(signature = (offset=0, length=None))]
-    fn evict(&self, py: Python<'_>, offset: u64, length: Option<u64>) -> PyResult<()> {
+    fn evict(&self, py: Python<'_>, offset: i64, length: Option<i64>) -> PyResult<()> {
         let (offset, length) = self.range(offset, length)?;
         self.wait_for(py, |region| region.evict(offset, length))
     }
@@ -352,8 +353,8 @@ impl Region {
     fn resident<'py>(
         &self,
         py: Python<'py>,
-        offset: u64,
-        length: Option<u64>,
+        offset: i64,
+        length: Option<i64>,
     ) -> PyResult<Bound<'py, PyBytes>> {
         let (offset, length) = self.range(offset, length)?;
         let states = self.wait_for(py, |region| region.resident(offset, length))?;
@@ -385,7 +386,7 @@ impl Region {
     /// Tries the poisoned blocks of length bytes at offset again; returns how many bytes were healed.
     ///
     /// Raises StoreError or PoisonedError for the first block that still cannot be had.
-    fn heal(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<u64> {
+    fn heal(&self, py: Python<'_>, offset: i64, length: i64) -> PyResult<u64> {
         let (offset, length) = self.range(offset, Some(length))?;
         self.wait_for(py, |region| region.heal(offset, length))
     }
@@ -393,7 +394,7 @@ impl Region {
     /// Returns n bytes at offset without touching the memory: an error is an exception, not SIGBUS.
     ///
     /// Raises StoreError or PoisonedError if the bytes cannot be had.
-    fn pread<'py>(&self, py: Python<'py>, n: u64, offset: u64) -> PyResult<Bound<'py, PyBytes>> {
+    fn pread<'py>(&self, py: Python<'py>, n: i64, offset: i64) -> PyResult<Bound<'py, PyBytes>> {
         let (offset, n) = self.range(offset, Some(n))?;
         let mut data = Vec::new();
         data.try_reserve_exact(n as usize)
@@ -404,15 +405,15 @@ impl Region {
     }
 
     /// Writes bytes at offset without touching the memory; returns how many.
-    fn _pwrite(&self, py: Python<'_>, data: PyBuffer<u8>, offset: u64) -> PyResult<usize> {
+    fn _pwrite(&self, py: Python<'_>, data: PyBuffer<u8>, offset: i64) -> PyResult<usize> {
         let bytes = bytes_of(&data)?;
-        self.range(offset, Some(bytes.len() as u64))?;
+        let (offset, _) = self.range(offset, Some(bytes.len() as i64))?;
         self.wait_for(py, |region| region.pwrite(bytes, offset))?;
         Ok(bytes.len())
     }
 
     /// Reads up to n bytes of a descriptor to offset; returns how many there were.
-    fn _read_from(&self, py: Python<'_>, fd: i32, offset: u64, n: u64) -> PyResult<u64> {
+    fn _read_from(&self, py: Python<'_>, fd: i32, offset: i64, n: i64) -> PyResult<u64> {
         let (offset, n) = self.range(offset, Some(n))?;
         self.wait_for(py, |region| region.read_from_fd(fd, offset, n))
     }

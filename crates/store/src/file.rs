@@ -18,6 +18,7 @@ use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -167,6 +168,8 @@ impl FileStore {
                 FileMode::Create | FileMode::Truncate
             ))
             .create_new(options.mode == FileMode::CreateNew)
+            // A named pipe would be waited for, before it can be refused.
+            .custom_flags(libc::O_NONBLOCK)
             .open(&path)
             .map_err(failed("open"))?;
         let file = Arc::new(file);

@@ -333,7 +333,7 @@ fn kill_again_and_again(name: &str, kind: Kind, way: Way, blocks: usize) {
     }
     println!("{name}: {kills} kills, {inside} inside of a write, {flushed} after a flush");
     assert!(
-        inside * 5 >= kills && flushed * 5 >= kills,
+        inside * 10 >= kills && flushed * 10 >= kills,
         "of {kills} kills only {inside} were inside of a write, {flushed} after a flush"
     );
     let _ = std::fs::remove_file(&data);

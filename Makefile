@@ -47,7 +47,7 @@ tour: .venv/.ext ## watch NumPy work on a file larger than the memory it may use
 # engine with umap's defects in it, to see that each of them is found.
 test: .venv/.ext ## run every test, Rust's and then Python's
 	cargo test --release --workspace --exclude userfault-python
-	cargo test --release -p userfault-engine --features defects --test umap_defects put_back
+	cargo test --release -p userfault-engine --features defects --test umap_defects --test halfway_copies
 	$(MAKE) older
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -4,6 +4,8 @@
 //! has, can put one back: the one that the variable USERFAULT_DEFECT names. Without the feature
 //! [`put_back`] is a constant, and the wrong rules are compiled out. `tests/umap_defects.rs` has a test for
 //! each, and a run that shows that exactly this one fails when its defect is there.
+//!
+//! The same build can also be told to do what only a machine out of memory does (`halfway_copies.rs`).
 
 /// What umap does wrong. In the order of the tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +42,7 @@ pub enum Defect {
 mod switch {
     use std::collections::HashMap;
     use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use crate::lock::Mutex;
     use userfault_uffd::{OpenOptions, Uffd};
@@ -79,6 +82,26 @@ mod switch {
         *chosen == Some(defect)
     }
 
+    /// With USERFAULT_COPY_BREAKS_OFF=times,bytes: the kernel has memory for so many bytes of a copy only, so
+    /// many times.
+    pub(crate) fn copy_breaks_off_after(len: usize) -> Option<usize> {
+        static LEFT: OnceLock<(AtomicUsize, usize)> = OnceLock::new();
+        let (times, bytes) = LEFT.get_or_init(|| {
+            let text = std::env::var("USERFAULT_COPY_BREAKS_OFF").unwrap_or("0,0".into());
+            let (times, bytes) = text.split_once(',').expect("two numbers");
+            (
+                AtomicUsize::new(times.parse().expect("a number")),
+                bytes.parse().expect("a number"),
+            )
+        });
+        let less = |left: usize| left.checked_sub(1);
+        (*bytes < len
+            && times
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+                .is_ok())
+        .then_some(*bytes)
+    }
+
     static ONE_FOR_EACH: Mutex<Option<HashMap<u32, Uffd>>> = Mutex::new(None);
 
     /// A descriptor that a region has for itself.
@@ -106,6 +129,11 @@ mod switch {
 
     pub(crate) fn open_one_for(_region: u32) {}
 
+    #[inline(always)]
+    pub(crate) const fn copy_breaks_off_after(_len: usize) -> Option<usize> {
+        None
+    }
+
     pub(crate) fn close_the_one_of(_region: u32) {}
 }
 
@@ -113,4 +141,4 @@ mod switch {
 pub use switch::put_back;
 #[cfg(not(feature = "defects"))]
 pub(crate) use switch::put_back;
-pub(crate) use switch::{close_the_one_of, open_one_for};
+pub(crate) use switch::{close_the_one_of, copy_breaks_off_after, open_one_for};

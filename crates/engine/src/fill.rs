@@ -15,6 +15,7 @@ use crate::body::Body;
 use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::halfway::Halfway;
 use crate::kernel::Evidence;
 use crate::poison;
 use crate::policy::Queue;
@@ -482,17 +483,19 @@ impl Engine {
         let (body, block) = (&filling.body, filling.block);
         staging::with(body.block_len(block), |buffer| {
             match self.read(filling, buffer, lead) {
-                Ok(true) => match self
-                    .uncovered(body, block)
-                    .and_then(|()| self.map_copy(body, block, buffer))
-                {
-                    Ok(()) => Tried::Mapped,
-                    Err(error) => {
-                        let _ = body.memory.zap(body.start(block), buffer.len());
-                        let _ = body.memory.punch(body.start(block), buffer.len());
-                        refused(error)
+                Ok(true) => {
+                    let mut placed = 0;
+                    match self
+                        .uncovered(body, block)
+                        .and_then(|()| self.map_copy(body, block, buffer, &mut placed))
+                    {
+                        Ok(()) => Tried::Mapped,
+                        Err(error) => match self.end_halfway(body, block, placed, buffer, lead) {
+                            Halfway::Whole => Tried::Mapped,
+                            Halfway::Dropped => refused(error),
+                        },
                     }
-                },
+                }
                 Ok(false) => {
                     self.came_back(body, block);
                     Tried::Abandoned

@@ -109,14 +109,26 @@ impl Engine {
         let _ = self.uffd.wake(body.address(block), body.block_len(block));
     }
 
-    /// Puts `bytes` into an absent block and maps it; wakes as [`Engine::copy`] does.
-    pub(crate) fn map_copy(&self, body: &Body, block: u32, bytes: &[u8]) -> io::Result<()> {
-        self.copy(body, body.start(block), bytes)
+    /// Puts `bytes` into an absent block and maps it; wakes as [`Engine::copy`] does. After an error the first
+    /// `placed` of them are in place.
+    pub(crate) fn map_copy(
+        &self,
+        body: &Body,
+        block: u32,
+        bytes: &[u8],
+        placed: &mut usize,
+    ) -> io::Result<()> {
+        if let Some(most) = crate::defects::copy_breaks_off_after(bytes.len()) {
+            self.copy(body, body.start(block), &bytes[..most], placed)?;
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        self.copy(body, body.start(block), bytes, placed)
     }
 
     /// Puts `bytes` at an offset of absent pages; wakes, unless the table holds the evidence: then a thread that
     /// came to write would only meet the protection, and the caller wakes when it has lifted it.
-    pub(crate) fn copy(&self, body: &Body, start: usize, bytes: &[u8]) -> io::Result<()> {
+    fn copy(&self, body: &Body, start: usize, bytes: &[u8], placed: &mut usize) -> io::Result<()> {
         let mode = match self.evidence(body) {
             Evidence::None => 0,
             Evidence::Kernel => UFFDIO_COPY_MODE_WP,
@@ -130,6 +142,7 @@ impl Engine {
         };
         let address = body.memory.main() + start;
         let mut from = 0;
+        *placed = 0;
         while from < bytes.len() {
             let filled = fill::fill(bytes.len() - from, page, exists, |at, len| {
                 // SAFETY: `bytes` is the engine's own memory; the caller owns the block, so no reference
@@ -149,6 +162,7 @@ impl Engine {
                         // EEXIST wakes nobody.
                         let _ = self.uffd.wake(address, bytes.len());
                     }
+                    *placed = bytes.len();
                     return Ok(());
                 }
                 // The region's memory holds a page that it should not: write it through the view.
@@ -163,13 +177,19 @@ impl Engine {
                     }
                     let _ = self.uffd.wake(address + at, page);
                     from = at + page;
+                    *placed = from;
                 }
                 // No events are asked for, so this passes by itself.
                 Filled::EventPending { at } => {
                     from += at;
                     std::thread::yield_now();
                 }
-                other => return Err(failed("UFFDIO_COPY", other)),
+                other => {
+                    if let Filled::Failed { at, .. } | Filled::LayoutChanged { at } = other {
+                        *placed = from + at;
+                    }
+                    return Err(failed("UFFDIO_COPY", other));
+                }
             }
         }
         Ok(())

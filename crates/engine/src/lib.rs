@@ -9,7 +9,7 @@
 //! |---|---|
 //! | `block` | the states of a block and the answers to faults, as pure functions |
 //! | `table`, `dirty` | where every block of a region is, and which pages differ from their home |
-//! | `workers`, `fill` | threads that read messages; what a fault means; bringing blocks in |
+//! | `workers`, `fill`, `halfway` | threads that read messages; what a fault means; bringing blocks in |
 //! | `policy` | who leaves memory next: pure, and run by the simulator in `sim/` |
 //! | `pool`, `room`, `limit` | who is in memory, under which limit, and that everybody gets on |
 //! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
@@ -59,6 +59,7 @@ mod error;
 mod evict;
 mod fill;
 mod fork;
+mod halfway;
 mod huge_tmpfs;
 mod kernel;
 mod leak;

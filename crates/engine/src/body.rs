@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::lock::{Condvar, Mutex, MutexGuard, RwLock};
@@ -23,7 +23,7 @@ use crate::pool::Pool;
 use crate::readahead::{Advice, Walks};
 use crate::stats::Counters;
 use crate::table::Table;
-use crate::{Access, OnError, fork};
+use crate::{Access, Kept, OnError, fork};
 
 /// Blocks up to this size on small pages are read into a buffer and put in place by UFFDIO_COPY, which
 /// is faster there than reading into the view; larger ones are read into the view. Bytes.
@@ -62,7 +62,11 @@ pub(crate) struct Body {
     /// Until when evictions do not try the store again, milliseconds of the engine.
     refused_until: AtomicU32,
     /// Calls of the store that were declared hung and have not come back.
-    stuck: Arc<AtomicUsize>,
+    pub(crate) stuck: Arc<AtomicUsize>,
+    /// True once the view is gone.
+    pub(crate) view_gone: AtomicBool,
+    /// Bytes in memory that close has given back to the pools.
+    pub(crate) given_back: AtomicU64,
     /// True while a round of the drain is under way.
     pub(crate) draining: AtomicBool,
     table: Mutex<Table>,
@@ -98,6 +102,32 @@ pub(crate) struct Plan {
     pub(crate) own_pool: Option<Arc<Pool>>,
 }
 
+impl Drop for Body {
+    /// Nobody can hold a pointer into the memory any more, and no call of the store is under way: what close
+    /// had to leave, since somebody did not come back, goes now.
+    fn drop(&mut self) {
+        if self.generation != fork::generation() {
+            return;
+        }
+        let (main, view) = (self.memory.main(), self.memory.view());
+        if !self.view_gone.load(Ordering::Acquire) {
+            self.memory.drop_view();
+            fork::forget(&[Kept::Range(view, self.memory.len())]);
+            if let Some(fd) = self.memory.fd() {
+                // The number will be somebody else's: a child must not close that one.
+                fork::forget(&[Kept::Descriptor(fd)]);
+            }
+        }
+        fork::forget(&[Kept::Range(main, self.memory.len())]);
+        self.memory.unmap_main();
+        if let Some(engine) = Engine::existing() {
+            let before = self.given_back.load(Ordering::Acquire);
+            let late = self.in_memory().saturating_sub(before);
+            engine.give_back(self, late);
+        }
+    }
+}
+
 impl Body {
     pub(crate) fn new(plan: Plan) -> Body {
         let blocks = plan.memory.len().div_ceil(plan.block);
@@ -129,6 +159,8 @@ impl Body {
             flushing: Mutex::new(()),
             refused_until: AtomicU32::new(0),
             stuck: Arc::default(),
+            view_gone: AtomicBool::new(false),
+            given_back: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             table: Mutex::new(Table::new(
                 blocks,
@@ -233,6 +265,16 @@ impl Body {
         // What is covered whole by the new word is forgotten, so that the list stays short.
         list.retain(|(old, _)| old.start < blocks.start || old.end > blocks.end);
         list.push((blocks, advice));
+    }
+
+    /// Bytes of the blocks in memory that nobody owns.
+    pub(crate) fn in_memory(&self) -> u64 {
+        let table = self.lock();
+        let bytes: usize = (0..table.blocks() as u32)
+            .filter(|block| matches!(table.state(*block), State::Resident | State::Resting))
+            .map(|block| self.block_len(block))
+            .sum();
+        bytes as u64
     }
 
     /// Number of blocks.

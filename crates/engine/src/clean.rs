@@ -17,7 +17,7 @@ use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
-use crate::errand::late;
+use crate::errand::{call, late};
 use crate::error::Error;
 use crate::kernel::{Evidence, record};
 use crate::protect::protect_again;
@@ -293,7 +293,7 @@ fn flush_now(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<(), Err
         }
     };
     let met = body.lock().pending.take();
-    let cleaned = clean(engine, body, blocks, Which::All);
+    let cleaned = write_again(engine, body).and_then(|()| clean(engine, body, blocks, Which::All));
     let synced = cleaned.and_then(|()| sync(body));
     // It may have met one while this flush waited for its blocks.
     let met = met.or(body.lock().pending.take());
@@ -303,13 +303,86 @@ fn flush_now(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<(), Err
 }
 
 /// Makes durable what was written. After an error what is still in memory is dirty again, since the store
-/// may have forgotten any of it; what has left memory since the last sync is beyond help, and the error is
-/// all that tells of it.
+/// may have forgotten any of it. What has left memory since the last sync is read and written again by the
+/// next flush: that mends it if the store still has it somewhere, as a page cache does. If not, the error is
+/// all that tells of it, so it says how much there is.
 fn sync(body: &Body) -> Result<(), Error> {
+    let page = body.memory.page();
     let written = body.lock().take_unsynced();
-    let bytes = (written.count() * body.memory.page()) as u64;
-    body.sync_store(bytes).inspect_err(|_| {
-        let mut table = body.lock();
-        table.not_durable(&written, body.block / body.memory.page());
+    let bytes = (written.count() * page) as u64;
+    body.sync_store(bytes).map_err(|mut error| {
+        let gone = body.lock().not_durable(&written, body.block / page);
+        if let Error::Store { message, .. } = &mut error
+            && gone > 0
+        {
+            message.push_str(&format!(
+                "; of what was written since the last sync {} bytes have left memory: the next flush writes them \
+                 again, as the store has them then",
+                gone * page
+            ));
+        }
+        error
     })
+}
+
+/// Bytes that are read and written again at once: less than what a file store reads past the page cache, in
+/// which alone they may be.
+const AGAIN: usize = 64 << 10;
+
+/// Reads and writes again what had left memory when a sync failed.
+fn write_again(engine: &Engine, body: &Body) -> Result<(), Error> {
+    let page = body.memory.page();
+    let mut since = None;
+    loop {
+        let mut table = body.lock();
+        let Some(run) = table.next_unsure() else {
+            return Ok(());
+        };
+        let run = run.start..run.end.min(run.start + (AGAIN / page).max(1));
+        let block = (run.start * page / body.block) as u32;
+        match table.state(block) {
+            State::Absent if table.claim(block, Purpose::Write) => {}
+            State::Absent => return Err(Error::Closed),
+            // It was read from the store since, or is a part of what was.
+            State::Resident | State::Resting => {
+                table.mark_dirty(run.clone());
+                table.sure(run);
+                continue;
+            }
+            State::Poisoned => {
+                table.sure(run);
+                continue;
+            }
+            _ => {
+                body.await_owner(&mut table, block, &mut since)?;
+                continue;
+            }
+        }
+        drop(table);
+        let (start, len) = (run.start * page, run.len() * page);
+        let done = staging::with(len, |buffer| {
+            let store = &body.store.0;
+            let (what, offset, len) = ("read", body.store_offset + start as u64, len as u64);
+            call(
+                store,
+                (what, offset, len),
+                body.patience(),
+                &body.stuck,
+                || body.read_store(start, buffer, false),
+            )
+            .map_err(|error| Error::store(&**store, what, offset, len, &error))?;
+            body.write_store(start, buffer, true)
+        });
+        let mut table = body.lock();
+        if done.is_ok() {
+            table.sure(run.clone());
+            table.written(run);
+        }
+        let waited = body.release(&mut table, block, State::Absent);
+        drop(table);
+        if waited {
+            engine.wake(body, block);
+        }
+        done?;
+    }
 }

@@ -62,7 +62,7 @@ impl PrefetchTicket {
         let table = self.body.lock();
         self.blocks
             .iter()
-            .all(|block| table.state(*block) != State::Filling)
+            .all(|block| !matches!(table.state(*block), State::Filling | State::Poisoning))
     }
 
     /// Waits for the end. Fails with the first block that could not be had.
@@ -78,7 +78,9 @@ impl PrefetchTicket {
                     State::Poisoned => {
                         return Err(crate::poison::error(&table, &self.body, *block));
                     }
-                    State::Filling => self.body.sleep(&mut table, Duration::from_millis(100)),
+                    State::Filling | State::Poisoning => {
+                        self.body.sleep(&mut table, Duration::from_millis(100))
+                    }
                     _ => break,
                 }
             }

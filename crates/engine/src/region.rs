@@ -543,24 +543,23 @@ impl Region {
         engine.dismiss(body);
         engine.pool_of(body).forget(body.id);
         engine.pool.dismiss(body.block as u64);
-        let (bytes, idle) = {
-            let table = body.lock();
-            let bytes: usize = (0..table.blocks() as u32)
-                .filter(|block| matches!(table.state(*block), State::Resident | State::Resting))
-                .map(|block| body.block_len(block))
-                .sum();
-            (bytes as u64, table.quiet())
-        };
+        let bytes = body.in_memory();
+        body.given_back.store(bytes, Ordering::Release);
         engine.give_back(body, bytes);
-        body.lock().forget_spans();
+        let idle = {
+            let mut table = body.lock();
+            table.forget_spans();
+            table.quiet()
+        };
         engine.settle_tables(body);
-        let mut gone = self.kept();
-        gone.remove(0);
         if idle {
             body.memory.drop_view();
+            body.view_gone.store(true, Ordering::Release);
+            let mut gone = self.kept();
+            gone.remove(0);
             fork::forget(&gone);
         }
-        // Otherwise a read that never came back may still write to the view: it stays, for good.
+        // Otherwise a call of the store that has not come back may still use the view: it goes with the body.
         self.state.store(SEALED, Ordering::Release);
     }
 }
@@ -576,13 +575,9 @@ impl Drop for Region {
         if put_back(Defect::LeakAtClose) {
             return std::mem::forget(self.body.clone());
         }
+        // The addresses stay taken until nobody has the body any more: a store that has not come back leaves
+        // threads behind that may still use them.
         self.abandon();
-        // A store that has not come back leaves threads behind that may still use these addresses: then
-        // nobody else gets them, ever.
-        if self.state.load(Ordering::Acquire) == SEALED && self.body.lock().quiet() {
-            fork::forget(&[Kept::Range(self.body.memory.main(), self.body.memory.len())]);
-            self.body.memory.unmap_main();
-        }
     }
 }
 

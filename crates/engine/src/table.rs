@@ -66,11 +66,15 @@ pub struct Table {
     /// Spans that came into use, less those that went out, since the pool was last told.
     unsettled_spans: i64,
     pub(crate) spans_used: usize,
+    /// The mappings are gone; an owner that comes back changes nothing any more.
+    spans_forgotten: bool,
     pub(crate) pins: HashMap<u32, Pins>,
     /// Pages that differ from their home; the store's consumer.
     pub(crate) home: DirtyMap,
     /// Pages written to the store since it last said that they are durable.
     unsynced: DirtyMap,
+    /// Pages that the store had when it failed to make them durable, and that had left memory by then.
+    unsure: DirtyMap,
     /// Reads that may hang, by block: the ticket of the reader who still owns the fill.
     pub(crate) reads: HashMap<u32, u64>,
     /// Blocks whose memory a hung read may still write to.
@@ -120,12 +124,14 @@ impl Table {
             blocks_per_span,
             unsettled_spans: 0,
             spans_used: 0,
+            spans_forgotten: false,
             state: vec![0; blocks],
             flags: vec![0; blocks],
             memos: vec![0; blocks],
             pins: HashMap::new(),
             home: DirtyMap::new(pages),
             unsynced: DirtyMap::new(pages),
+            unsure: DirtyMap::new(pages),
             reads: HashMap::new(),
             hung: HashMap::new(),
             waiting_since: HashMap::new(),
@@ -171,7 +177,7 @@ impl Table {
         self.state[block as usize] = state as u8;
         let was = old != State::Absent;
         let is = state != State::Absent;
-        if was != is {
+        if was != is && !self.spans_forgotten {
             let span = &mut self.spans[block as usize / self.blocks_per_span];
             if is {
                 *span += 1;
@@ -203,6 +209,7 @@ impl Table {
     pub(crate) fn forget_spans(&mut self) {
         self.unsettled_spans -= self.spans_used as i64;
         self.spans_used = 0;
+        self.spans_forgotten = true;
     }
 
     /// Spans that came into use since the last call, less those that went out.
@@ -332,16 +339,37 @@ impl Table {
         std::mem::replace(&mut self.unsynced, DirtyMap::new(pages))
     }
 
-    /// The store could not make `pages` durable, and nobody can say which of them it has: what is still
-    /// in memory is dirty again.
-    pub(crate) fn not_durable(&mut self, pages: &DirtyMap, pages_per_block: usize) {
+    /// The store could not make `pages` durable, and nobody can say which of them it has: what is still in
+    /// memory is dirty again, the rest is to be read and written again. Returns the pages of the rest.
+    pub(crate) fn not_durable(&mut self, pages: &DirtyMap, pages_per_block: usize) -> usize {
+        let mut gone = 0;
         for run in pages.runs(0..pages.pages()) {
             for page in run {
                 if self.state((page / pages_per_block) as u32) != State::Absent {
                     self.home.insert(page..page + 1);
+                } else {
+                    self.unsure.insert(page..page + 1);
+                    gone += 1;
                 }
             }
         }
+        gone
+    }
+
+    /// The first run of pages, within one block, that has to be read and written again.
+    pub(crate) fn next_unsure(&self) -> Option<Range<usize>> {
+        if self.unsure.count() == 0 {
+            return None;
+        }
+        let first = self.unsure.next(0, self.unsure.pages())?;
+        let end = (first / self.pages_per_block + 1) * self.pages_per_block;
+        let runs = self.unsure.runs(first..end.min(self.unsure.pages()));
+        runs.into_iter().next()
+    }
+
+    /// Notes that pages were written again, or are dirty in memory.
+    pub(crate) fn sure(&mut self, pages: Range<usize>) {
+        self.unsure.remove(pages);
     }
 
     /// ORs a harvest of evidence into the map of every consumer.

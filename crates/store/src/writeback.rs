@@ -85,9 +85,13 @@ impl WriteBack {
             (written, g.error.take())
         };
         let result = file.sync_data();
-        for (start, end) in written {
-            pagecache::forget(file, start, end - start);
+        if result.is_ok() && earlier.is_none() {
+            for (start, end) in written {
+                pagecache::forget(file, start, end - start);
+            }
         }
+        // After an error the page cache may be the only place that still has what was written: whoever reads
+        // it from there can write it again.
         match earlier {
             Some(errno) => Err(io::Error::from_raw_os_error(errno)),
             None => result,

@@ -12,6 +12,7 @@ from userfault.model import Userfaultfd
 from userfault.model.access import translate
 from userfault.model.errnos import EINVAL
 from userfault.model.pagemap import Scan, pagemap_scan
+from userfault.model.smaps import smaps
 from userfault.model.zap import punch, truncate
 
 REPORTED = 0x1FF & ~abi.PAGE_IS_SOFT_DIRTY
@@ -24,14 +25,10 @@ class ModelObserver:
         pass
 
     def vmas(self, process: Process) -> list[tuple[int, int, str]]:
-        found = []
-        for vma in process.process.mm.vmas:
-            letters = zip("rwx", (vma.read, vma.write, vma.execute), strict=True)
-            permissions = "".join(letter if has else "-" for letter, has in letters) + "ps"[vma.shared]
-            modes = vma.modes
-            shown = (("um", modes.missing), ("uw", modes.wp), ("ui", modes.minor))
-            found.append((vma.start, vma.end, " ".join([permissions, *(name for name, has in shown if has)])))
-        return found
+        return [
+            (start, end, " ".join([permissions, *(flag for flag in flags if flag in ("um", "uw", "ui"))]))
+            for start, end, permissions, flags in smaps(process.process.mm)
+        ]
 
     def content(self, process: Process, address: int, length: int) -> bytes | None:
         place = translate(process.process.mm, address, False)

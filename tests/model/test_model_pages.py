@@ -16,11 +16,13 @@ def written() -> dict[str, str]:
     return dict(pages())
 
 
+@pytest.mark.time_limit(900)
 def test_every_page_is_as_the_model_says(written: dict[str, str]) -> None:
     old = [name for name, text in written.items() if (DOCS / name).read_text() != text]
     assert old == [], "run: python tools/model_pages.py"
 
 
+@pytest.mark.time_limit(900)
 def test_no_page_is_left_over(written: dict[str, str]) -> None:
     there = {str(path.relative_to(DOCS)) for path in (DOCS / "explanation" / "defects").iterdir()}
     assert there == {name for name in written if name.startswith("explanation/defects/")}

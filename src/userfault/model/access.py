@@ -6,6 +6,7 @@ so. What a refusal means depends on who touched: a user access is a signal, a sy
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from userfault.model.fault import Verdict, fill_anonymous, resolve
@@ -163,6 +164,23 @@ def store(thread: Thread, mm: AddressSpace, address: int, data: bytes, *, user: 
         page.content = page.content.write(offset, piece, page.size)
         mm.kernel.note(f"stored {len(piece)} bytes at {at:#x}")
         done += len(piece)
+
+
+def atomic(
+    thread: Thread, mm: AddressSpace, address: int, length: int, change: Callable[[bytes], bytes]
+) -> Op[bytes]:
+    """Read, change and write bytes of one page in one step, as a locked instruction does; returns what was
+    there.
+
+    It faults as a write does, also if it then leaves the bytes as they are (a failed compare-and-exchange).
+    Raises MemoryFault.
+    """
+    yield f"atomic {address:#x}"
+    page, offset = yield from touch(thread, mm, address, write=True)
+    before = page.content.read(offset, length)
+    page.content = page.content.write(offset, change(before), page.size)
+    mm.kernel.note(f"changed {before!r} at {address:#x}")
+    return before
 
 
 def fill(thread: Thread, mm: AddressSpace, address: int, length: int, value: int) -> Op[None]:

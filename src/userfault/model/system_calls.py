@@ -16,7 +16,7 @@ class does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from userfault import abi
 from userfault.model import access, descriptor, handshake, mapping, mremap
@@ -33,11 +33,12 @@ from userfault.model.fill_zeropage import zeropage
 from userfault.model.mapping import READ, WRITE
 from userfault.model.move import move
 from userfault.model.pagecache import File
-from userfault.model.pagemap import Scan, ScanReply, pagemap_scan
+from userfault.model.pagemap import PagemapEntry, Scan, ScanReply, pagemap_entry, pagemap_scan
 from userfault.model.process import OpenFile
 from userfault.model.register import register, unregister
 from userfault.model.release import close_context
 from userfault.model.reply import Reply
+from userfault.model.smaps import Mapping, smaps
 from userfault.model.step import Op, Sleep
 from userfault.model.wake import wake
 from userfault.model.writeprotect import writeprotect
@@ -46,6 +47,8 @@ from userfault.model.zap import punch, truncate
 if TYPE_CHECKING:
     from userfault.model.process import Process
     from userfault.model.thread import Thread
+
+T = TypeVar("T")
 
 _Fill = Callable[["Thread", Context, "Fill | None"], Op[Reply]]
 
@@ -76,19 +79,36 @@ class SystemCalls:
     def __init__(self, thread: Thread) -> None:
         self.thread = thread
 
+    def _user(self, operation: Op[T]) -> Op[T]:
+        """Back in user space: a thread that was killed meanwhile never comes there."""
+        result = yield from operation
+        if self.thread.killed:
+            raise access.Killed
+        return result
+
     # Memory.
 
     def load(self, address: int, length: int = 1) -> Op[bytes]:
         """Read bytes, as the processor does. Raises MemoryFault."""
-        return access.load(self.thread, self.thread.process.mm, address, length)
+        return self._user(access.load(self.thread, self.thread.process.mm, address, length))
 
     def store(self, address: int, data: bytes) -> Op[None]:
         """Write bytes, as the processor does. Raises MemoryFault."""
-        return access.store(self.thread, self.thread.process.mm, address, data)
+        return self._user(access.store(self.thread, self.thread.process.mm, address, data))
+
+    def atomic(self, address: int, length: int, change: Callable[[bytes], bytes]) -> Op[bytes]:
+        """Read, change and write bytes in one step; returns what was there. Raises MemoryFault."""
+        return self._user(access.atomic(self.thread, self.thread.process.mm, address, length, change))
+
+    def compare_exchange(self, address: int, expected: bytes, new: bytes) -> Op[bool]:
+        """Write `new` if `expected` is there; whether it was. It faults as a write in either case. Raises
+        MemoryFault."""
+        found = yield from self.atomic(address, len(new), lambda old: new if old == expected else old)
+        return found == expected
 
     def fill(self, address: int, length: int, value: int) -> Op[None]:
         """memset. Raises MemoryFault."""
-        return access.fill(self.thread, self.thread.process.mm, address, length, value)
+        return self._user(access.fill(self.thread, self.thread.process.mm, address, length, value))
 
     def write_from(self, address: int, length: int) -> Op[bytes]:
         """A system call that reads user memory (write(2) of it into a pipe); returns the bytes it got. Raises
@@ -100,35 +120,35 @@ class SystemCalls:
         EFAULT."""
         return self._copied(access.store(self.thread, self.thread.process.mm, address, data, user=False))
 
-    def _copied(self, operation: Op[Any]) -> Op[Any]:
+    def _copied(self, operation: Op[T]) -> Op[T]:
         try:
-            return (yield from operation)
+            return (yield from self._user(operation))
         except access.MemoryFault:
             raise SystemCallError(EFAULT) from None
 
     def mmap(self, address: int, length: int, protection: int = READ | WRITE, **options: Any) -> Op[int]:
         """mmap(2); see `mapping.mmap` for the options."""
-        return mapping.mmap(self.thread, address, length, protection, **options)
+        return self._user(mapping.mmap(self.thread, address, length, protection, **options))
 
     def munmap(self, address: int, length: int) -> Op[None]:
         """munmap(2)."""
-        return mapping.munmap(self.thread, address, length)
+        return self._user(mapping.munmap(self.thread, address, length))
 
     def mprotect(self, address: int, length: int, protection: int) -> Op[None]:
         """mprotect(2)."""
-        return mapping.mprotect(self.thread, address, length, protection)
+        return self._user(mapping.mprotect(self.thread, address, length, protection))
 
     def mremap(self, address: int, old: int, new: int, to: int | None = None, **options: bool) -> Op[int]:
         """mremap(2); `to`: MREMAP_FIXED there. See `mremap.mremap`."""
-        return mremap.mremap(self.thread, address, old, new, to, **options)
+        return self._user(mremap.mremap(self.thread, address, old, new, to, **options))
 
     def madvise(self, address: int, length: int, what: str) -> Op[None]:
         """madvise(2); `what` without MADV_, as in "DONTNEED"."""
-        return advice.madvise(self.thread, address, length, what)
+        return self._user(advice.madvise(self.thread, address, length, what))
 
     def mlock(self, address: int, length: int) -> Op[None]:
         """mlock(2)."""
-        return advice.mlock(self.thread, address, length)
+        return self._user(advice.mlock(self.thread, address, length))
 
     def memfd_create(self, size: int, *, hugetlb: bool = False, name: str = "memfd") -> Op[int]:
         """memfd_create(2) and ftruncate(2): a descriptor of a file of `size` bytes."""
@@ -172,11 +192,27 @@ class SystemCalls:
         mm.mmap_lock.unread()
         return reply
 
+    def pagemap(self, address: int) -> Op[PagemapEntry]:
+        """A read of /proc/self/pagemap: the entry of the page at an address."""
+        mm = self.thread.process.mm
+        yield from mm.mmap_lock.read("read pagemap")
+        entry = pagemap_entry(mm, address)
+        mm.mmap_lock.unread()
+        return entry
+
+    def smaps(self) -> Op[list[Mapping]]:
+        """A read of /proc/self/smaps: every mapping with its flags."""
+        mm = self.thread.process.mm
+        yield from mm.mmap_lock.read("read smaps")
+        mappings = smaps(mm)
+        mm.mmap_lock.unread()
+        return mappings
+
     # Processes.
 
     def fork(self, program: Callable[[SystemCalls], Op[Any]], name: str = "child") -> Op[Process]:
         """fork(2): the child runs `program`."""
-        return forks.fork(self.thread, lambda child: program(SystemCalls(child)), name)
+        return self._user(forks.fork(self.thread, lambda child: program(SystemCalls(child)), name))
 
     def exit(self) -> Op[None]:
         """exit_group(2): the other threads die, descriptors are closed, the address space goes."""
@@ -189,21 +225,32 @@ class SystemCalls:
     def wait_for(self, what: str, ready: Callable[[], bool]) -> Op[None]:
         """Sleep until `ready()`: a pipe, a condition variable, a join. `what`: what comes then, in words."""
         yield _Until(what, ready)
+        if self.thread.killed:
+            raise access.Killed
 
     def step(self, label: str) -> Op[None]:
         """A step of the program itself, with a name: others may come in before it."""
         yield label
+        if self.thread.killed:
+            raise access.Killed
 
     # userfaultfd.
 
     def userfaultfd(
-        self, features: int = 0, *, nonblock: bool = True, user_mode_only: bool = False
+        self, features: int = 0, *, nonblock: bool = True, user_mode_only: bool = False, device: bool = False
     ) -> Op[int]:
-        """userfaultfd(2) and UFFDIO_API: a descriptor. Raises SystemCallError."""
+        """userfaultfd(2), or with `device` USERFAULTFD_IOC_NEW of /dev/userfaultfd (6.1); then UFFDIO_API: a
+        descriptor. Raises SystemCallError."""
         flags = handshake.O_CLOEXEC | (handshake.O_NONBLOCK if nonblock else 0)
-        yield "userfaultfd"
+        flags |= abi.UFFD_USER_MODE_ONLY if user_mode_only else 0
         process = self.thread.process
-        fd = handshake.userfaultfd(process, flags | (abi.UFFD_USER_MODE_ONLY if user_mode_only else 0))
+        if device:
+            yield "open /dev/userfaultfd"
+            handshake.open_device(process)
+            fd = handshake.device_ioctl(process, abi.USERFAULTFD_IOC_NEW, flags)
+        else:
+            yield "userfaultfd"
+            fd = handshake.userfaultfd(process, flags)
         reply = handshake.api(process, self.context(fd), abi.UFFD_API, features)
         if reply.errno:
             yield from self.close(fd)
@@ -257,7 +304,7 @@ class SystemCalls:
         return self._outcome(which(self.thread, self.context(fd), args), args.length)
 
     def _outcome(self, operation: Op[Reply], length: int) -> Op[abi.Outcome]:
-        outcome = (yield from operation).outcome(length)
+        outcome = (yield from self._user(operation)).outcome(length)
         partly = f", {outcome.done} bytes done" if outcome.errno and outcome.done else ""
         self.thread.process.kernel.note(f"answered {errno_name(outcome.errno)}{partly}")
         return outcome
@@ -266,11 +313,19 @@ class SystemCalls:
         """read(2) of the descriptor: up to `most` messages, into a buffer of its own or the one at `into`.
         Raises SystemCallError EAGAIN if there is none and the descriptor is non-blocking."""
         file = self.thread.process.descriptors.get(fd)
-        return descriptor.read(self.thread, file, most * descriptor.MESSAGE, into)
+        return self._user(descriptor.read(self.thread, file, most * descriptor.MESSAGE, into))
 
-    def poll(self, fd: int) -> Op[None]:
-        """poll(2) for POLLIN, without end."""
-        yield descriptor.ReadWait(self.context(fd))
+    def poll(self, fd: int, *, wait: bool = True) -> Op[int]:
+        """poll(2): descriptor.POLLIN if a message waits, POLLERR on a blocking descriptor; `wait`: not before
+        there is something."""
+        file, ctx = self.thread.process.descriptors.get(fd), self.context(fd)
+        if wait and not descriptor.poll(file) & descriptor.POLLERR:
+            yield descriptor.ReadWait(ctx)
+        else:
+            yield "poll"
+        if self.thread.killed:
+            raise access.Killed
+        return descriptor.poll(file)
 
     def close(self, fd: int) -> Op[None]:
         """close(2); the last one of a userfaultfd lets everybody go [E11]."""

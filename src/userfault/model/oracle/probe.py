@@ -30,6 +30,7 @@ from userfault.model.register import register, unregister
 from userfault.model.release import close_context
 from userfault.model.reply import Reply
 from userfault.model.scheduler import Scheduler
+from userfault.model.smaps import smaps
 from userfault.model.step import Op
 from userfault.model.thread import Deadlock, Thread
 from userfault.model.wake import wake
@@ -43,6 +44,7 @@ STACK = 0x7FFFFF000000
 FORK, REMAP, REMOVE, UNMAP = 0x2, 0x4, 0x8, 0x40
 SIGBUS, THREAD_ID, EXACT, UNPOPULATED, ASYNC = 0x80, 0x100, 0x800, 0x2000, 0x8000
 
+_VM_FLAGS = ("um", "uw", "ui", "wf")
 SCAN_NAMES = ("WPALLOWED", "WRITTEN", "FILE", "PRESENT", "SWAPPED", "PFNZERO", "HUGE", "SOFT_DIRTY", "GUARD")
 
 
@@ -375,13 +377,10 @@ class Probe:
     def vmflags(self, start: int, length: int, process: Process | None = None) -> list[list[Any]]:
         """put_vmflags: the lines of smaps, as [start, end, permissions, flags]."""
         lines = []
-        for vma in (process or self.caller.process).mm.overlapping(start, start + length):
-            letters = zip("rwx", (vma.read, vma.write, vma.execute), strict=True)
-            permissions = "".join(letter if has else "-" for letter, has in letters) + "ps"[vma.shared]
-            modes = vma.modes
-            shown = (("um", modes.missing), ("uw", modes.wp), ("ui", modes.minor), ("wf", vma.wipeonfork))
-            flags = " ".join(name for name, has in shown if has)
-            lines.append([vma.start - start, vma.end - start, permissions, flags])
+        for low, high, permissions, flags in smaps((process or self.caller.process).mm):
+            if low < start + length and start < high:
+                shown = " ".join(flag for flag in flags if flag in _VM_FLAGS)
+                lines.append([low - start, high - start, permissions, shown])
         return lines
 
     def fdinfo(self, uffd: Uffd) -> str:

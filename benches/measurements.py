@@ -64,6 +64,29 @@ def _fault(placement: str, where: str) -> Comparison:
     )
 
 
+def _served(placement: str, where: str) -> Comparison:
+    length = 64 * MIB
+    return Comparison(
+        name=f"serve-{placement}",
+        title=f"One 4 KiB fault that another process answers, {where}",
+        text=(
+            "Median time of a touch of an absent page, 16,384 pages in random order. The floor is a bare C "
+            "process that copies a hot page and does nothing else; userfault.serve reads a store of zeros, "
+            "and is ready for forks, moves and discarded memory."
+        ),
+        workload=("fault", "--placement", placement, *_sizes(length=length, limit=2 * length, block=4096)),
+        unit="us",
+        better="less",
+        contestants=(
+            Contestant("bare C handler process", "floor", _memory("c-handler:process")),
+            Contestant("userfault.serve", "subject", _memory("served")),
+        ),
+        bars=(Bar("userfault.serve", "bare C handler process", 1.5),),
+        rounds=7,
+        file=partial(fresh, in_tmpfs(), length),
+    )
+
+
 def _resident(pages: str, access: str, unit: str, what: str) -> Comparison:
     length = 256 * MIB
     huge = pages == "2MiB"
@@ -364,6 +387,8 @@ def _explorer() -> tuple[Comparison, ...]:
 COMPARISONS: tuple[Comparison, ...] = (
     _fault("same-cpu", "handler on the same CPU"),
     _fault("other-cpu", "handler on another CPU"),
+    _served("same-cpu", "handler on the same CPU"),
+    _served("other-cpu", "handler on another CPU"),
     *(
         _resident(pages, access, unit, what)
         for pages in ("4KiB", "2MiB")

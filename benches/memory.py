@@ -7,6 +7,9 @@ import ctypes
 import importlib
 import mmap
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +35,8 @@ class Memory:
     flush: Callable[[], None] = lambda: None
     facts: Callable[[], dict[str, float]] = field(default=dict)
     """Numbers worth keeping beside the result."""
+    server: int = 0
+    """The process that brings the pages, if it is another one."""
 
 
 @contextlib.contextmanager
@@ -45,7 +50,7 @@ def memory(
     name, _, variant = kind.partition(":")
     with _KINDS[name](variant, path, length, write, limit, block) as made:
         if cpu >= 0:
-            _move_other_threads(cpu)
+            _move_other_threads(cpu, made.server or os.getpid())
         yield made
 
 
@@ -53,8 +58,16 @@ def memory(
 def _c_handler(
     variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
 ) -> Iterator[Memory]:
-    """Variant "file": the handler reads each page from the file first."""
+    """Variant "file": the handler reads each page from the file first; "process": it is another process."""
     address = ctypes.c_void_p()
+    if variant == "process":
+        pid = ctypes.c_int()
+        floor = library("handler_thread")
+        _check(floor.handler_process_map(ctypes.c_size_t(length), ctypes.byref(address), ctypes.byref(pid)))
+        yield Memory(address.value or 0, length, server=pid.value)
+        os.kill(pid.value, signal.SIGKILL)
+        os.waitpid(pid.value, 0)
+        return
     fd = os.open(path, os.O_RDONLY) if variant == "file" and path else -1
     _check(library("handler_thread").handler_thread_map(ctypes.c_size_t(length), fd, ctypes.byref(address)))
     yield Memory(address.value or 0, length)
@@ -128,6 +141,43 @@ def _userfault(
     yield Memory(array.ctypes.data, length, region.flush, facts)
 
 
+_SERVER = """
+import sys
+from userfault import ZeroStore, serve
+fd, pid, address, length, block = map(int, sys.argv[1:])
+served = serve(fd, [(address, length, 0)], ZeroStore(length), block=block, pid=pid)
+print("ready", flush=True)
+served.wait()
+"""
+
+
+@contextlib.contextmanager
+def _served(
+    variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
+) -> Iterator[Memory]:
+    """Memory of this process that another one serves with userfault.serve, from a store of zeros."""
+    userfault: Any = importlib.import_module("userfault")
+    with mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
+        mapping.madvise(mmap.MADV_NOHUGEPAGE)
+        address = _address(mapping)
+        abi: Any = importlib.import_module("userfault.abi")
+        uffd = userfault.Userfaultfd(abi.UFFD_FEATURE_THREAD_ID)
+        uffd.register(address, length, abi.UFFDIO_REGISTER_MODE_MISSING).check()
+        words = [uffd.fileno(), os.getpid(), address, length, block]
+        server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER, *map(str, words)],
+            pass_fds=[uffd.fileno()],
+            stdout=subprocess.PIPE,
+        )
+        try:
+            if not server.stdout or server.stdout.readline() != b"ready\n":
+                raise Unavailable("userfault.serve: the server did not begin")
+            yield Memory(address, length, server=server.pid)
+        finally:
+            server.kill()
+            server.wait()
+
+
 @contextlib.contextmanager
 def _umap(
     variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
@@ -166,6 +216,7 @@ _KINDS = {
     "c-signal": _c_signal,
     "memfd": _memfd,
     "mmap": _mmap,
+    "served": _served,
     "umap": _umap,
     "userfault": _userfault,
 }
@@ -180,7 +231,7 @@ def _check(errno: int) -> None:
         raise Unavailable(os.strerror(errno))
 
 
-def _move_other_threads(cpu: int) -> None:
-    for thread in Path("/proc/self/task").iterdir():
+def _move_other_threads(cpu: int, process: int) -> None:
+    for thread in Path(f"/proc/{process}/task").iterdir():
         if int(thread.name) != os.getpid():
             os.sched_setaffinity(int(thread.name), {cpu})

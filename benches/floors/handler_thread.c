@@ -1,4 +1,5 @@
-/* The floor under `fault="threads"`: memory whose missing pages a bare handler thread brings.
+/* The floor under `fault="threads"`: memory whose missing pages a bare handler thread brings; and under
+ * `userfault.serve`: a bare handler process.
  *
  * One thread blocks in read(2) on the userfaultfd, answers with UFFDIO_COPY of a page that is hot in its cache,
  * and does nothing else. No engine can be faster than this in the same placement of threads. With a file it reads
@@ -9,10 +10,12 @@
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -39,9 +42,8 @@ static void *handler(void *unused)
     return NULL;
 }
 
-/* Memory of `length` bytes, none of it present. 0 or an errno; the address goes to `*address`.
- * `fd` is the file that the pages come from, -1 for none. */
-int handler_thread_map(size_t length, int fd, void **address)
+/* Registered memory of `length` bytes, none of it present. 0 or an errno. */
+static int prepare(size_t length, int fd)
 {
     file = fd;
     page = sysconf(_SC_PAGESIZE);
@@ -66,10 +68,35 @@ int handler_thread_map(size_t length, int fd, void **address)
     if (ioctl(uffd, UFFDIO_REGISTER, &registration))
         return errno;
     base = memory;
+    return 0;
+}
+
+/* Memory of `length` bytes, none of it present. 0 or an errno; the address goes to `*address`.
+ * `fd` is the file that the pages come from, -1 for none. */
+int handler_thread_map(size_t length, int fd, void **address)
+{
+    int failed = prepare(length, fd);
     pthread_t thread;
-    int failed = pthread_create(&thread, NULL, handler, NULL);
+    if (!failed)
+        failed = pthread_create(&thread, NULL, handler, NULL);
+    *address = base;
+    return failed;
+}
+
+/* The same, with the handler in a process of its own, whose number goes to `*pid`. */
+int handler_process_map(size_t length, void **address, int *pid)
+{
+    int failed = prepare(length, -1);
     if (failed)
         return failed;
-    *address = memory;
+    *pid = fork();
+    if (*pid < 0)
+        return errno;
+    if (*pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        handler(NULL);
+        _exit(0);
+    }
+    *address = base;
     return 0;
 }

@@ -267,7 +267,8 @@ _FEATURES: Final = {
 """What userfault builds on: the kernel's name, the first version with it, and how bad its absence is."""
 
 _WITHOUT: Final = {
-    "poison": "A block that cannot be had is covered by a mapping of nothing; the touch is SIGBUS all the same.",
+    "poison": "A block that cannot be had is covered by a mapping of nothing; the touch is SIGBUS all the "
+    "same.",
     "tracking writes without faults": "The first write to each page costs a fault. Where kernel faults are "
     "not allowed, a system call that writes it gets EFAULT, unless the range is pinned for writing.",
 }

@@ -5,7 +5,8 @@
                                      +------------- minor fault ------+
 
 Filling, Evicting, Cleaning, Writing and Poisoning have one owner; a fault on such a block waits (but for a
-first write during a write-back), and only the owner maps it and wakes. A test compares these tables with the Rust source.
+first write during a write-back), and only the owner maps it and wakes. A test compares these tables with the
+Rust source.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ class Region:
         length: int,
         block: int | None,
         pages: str,
+        fault: str,
         memory_limit: int | None,
         on_error: str,
         retry_for: float,
@@ -132,6 +133,8 @@ class Region:
     def writable(self) -> bool: ...
     @property
     def closed(self) -> bool: ...
+    @property
+    def fault(self) -> str: ...
     @property
     def kernel_faults(self) -> bool: ...
     def __len__(self) -> int: ...

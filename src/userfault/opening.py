@@ -34,7 +34,7 @@ def open(
     length: Size | None = None,
     block: Size | Literal["auto"] = "auto",
     memory_limit: Size | None = None,
-    fault: Literal["threads"] = "threads",
+    fault: Literal["threads", "inline"] = "threads",
     pages: Literal["auto", "4KiB", "2MiB"] = "auto",
     on_error: Literal["auto", "retry", "poison"] = "auto",
     retry_for: float = 30.0,
@@ -77,14 +77,17 @@ def open(
     - `scratch`: the folder where private changes of mode "c" go when memory is short, in a file without a
       name; the temporary folder by default. While it is full, nothing that was changed leaves memory, and a
       touch that needs room waits for it, at last with SIGBUS and a line on stderr; no change is lost.
-    - `fault`, `readahead`: "threads" and "auto" are the only ones so far.
+    - `fault`: who brings what is touched. "threads" are threads of the engine. "inline" is the thread that
+      touches, in a handler of SIGBUS: a fault takes a fraction of the time, but system calls on memory that
+      is absent fail with EFAULT (use `Region.pin`, `pread`, `pwrite` and `readinto`), a thread that blocks
+      SIGBUS is killed by its touch, and faulthandler.enable() or signal.signal(SIGBUS, ...) afterwards take
+      the handler away until the next `open`, `prefetch` or `stats`. ValueError if SIGBUS is blocked here.
+    - `readahead`: "auto" is the only one so far.
 
     Sizes are integers or text such as "256MiB". Raises ValueError for arguments that make no sense,
     FileNotFoundError, FileExistsError and other OSErrors as open() does, InUseError, and OSError with
     advice if this machine does not allow userfaultfd (`userfault doctor` says more).
     """
-    if fault != "threads":
-        raise ValueError(f'fault is {fault!r}: "threads" is the only way so far')
     if readahead != "auto":
         raise ValueError(f'readahead is {readahead!r}: "auto" is the only policy so far')
     wanted = None if length is None else parse_size(length, "length")
@@ -100,6 +103,7 @@ def open(
         block=None if block == "auto" else checked_block(block),
         memory_limit=None if memory_limit is None else parse_size(memory_limit, "memory_limit"),
         pages=_one_of("pages", pages, ("auto", "4KiB", "2MiB")),
+        fault=_one_of("fault", fault, ("threads", "inline")),
         on_error=_one_of("on_error", on_error, ("auto", "retry", "poison")),
         retry_for=_checked_seconds(retry_for),
         locking=locking,
@@ -125,6 +129,7 @@ class Options:
     block: int | None = None
     memory_limit: int | None = None
     pages: str = "auto"
+    fault: str = "threads"
     on_error: str = "auto"
     retry_for: float = 30.0
     locking: bool | None = None
@@ -148,6 +153,7 @@ def region_over(
         length=length,
         block=options.block,
         pages=options.pages,
+        fault=options.fault,
         memory_limit=options.memory_limit,
         on_error=options.on_error,
         retry_for=options.retry_for,

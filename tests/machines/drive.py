@@ -21,12 +21,13 @@ from userfault.testing.stateful import RegionStateMachine
 
 
 def machine(name: str) -> type[RuleBasedStateMachine]:
-    """The machine that a name such as "file-4KiB" or "threads-2MiB" stands for."""
-    kind, _, pages = name.partition("-")
+    """The machine that a name such as "file-4KiB" or "threads-inline-2MiB" stands for."""
+    kind, *words, pages = name.split("-")
     base: Any = {"store": RegionStateMachine, "file": FileMachine, "threads": ThreadsMachine}[kind]
+    way = {"fault": "inline"} if "inline" in words else {}
     if pages == "4KiB":
-        return type("Machine", (base,), {})
-    huge = {"pages": "2MiB", "blocks": (2 << 20, 4 << 20), "largest": (15 << 20) - 1000}
+        return type("Machine", (base,), way)
+    huge = {**way, "pages": "2MiB", "blocks": (2 << 20, 4 << 20), "largest": (15 << 20) - 1000}
     return type("Machine", (base,), huge)
 
 

@@ -69,6 +69,7 @@ class FileMachine(RegionStateMachine):
             "length": length,
             "block": size,
             "pages": self.pages,
+            "fault": self.fault,
             "memory_limit": None if limit is None else limit * size,
             "on_error": on_error,
         }

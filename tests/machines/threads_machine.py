@@ -60,6 +60,7 @@ class ThreadsMachine(RuleBasedStateMachine):
 
     blocks: ClassVar[Sequence[int]] = (4096, 16_384, 65_536)
     pages: ClassVar[Literal["auto", "4KiB", "2MiB"]] = "4KiB"
+    fault: ClassVar[Literal["threads", "inline"]] = "threads"
     largest: ClassVar[int] = 400_000
 
     def __init__(self) -> None:
@@ -80,7 +81,12 @@ class ThreadsMachine(RuleBasedStateMachine):
     def open(self, block: int, limit: int) -> None:
         size = self.blocks[block % len(self.blocks)]
         self.region = userfault.open(
-            self.store, "r+", block=size, pages=self.pages, memory_limit=limit * size
+            self.store,
+            "r+",
+            block=size,
+            pages=self.pages,
+            memory_limit=limit * size,
+            fault=self.fault,
         )
         self.cells: NDArray[np.uint64] = self.region.ndarray(np.uint64, len(self.counts))
 

@@ -26,7 +26,7 @@ use userfault_uffd::{NegotiateError, OpenError, OpenOptions, Uffd};
 use crate::error::Error;
 
 /// Features without which nothing works (Linux 5.19).
-const REQUIRED: u64 = UFFD_FEATURE_MISSING_SHMEM
+pub(crate) const REQUIRED: u64 = UFFD_FEATURE_MISSING_SHMEM
     | UFFD_FEATURE_MISSING_HUGETLBFS
     | UFFD_FEATURE_MINOR_SHMEM
     | UFFD_FEATURE_MINOR_HUGETLBFS

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::lock::{Condvar, Mutex, MutexGuard, RwLock};
+use crate::lock::{Mutex, MutexGuard};
 use userfault_store::Store;
 
 use crate::backing::Backing;
@@ -17,10 +17,12 @@ use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::errand;
 use crate::error::Error;
+use crate::futex::{self, Guard, Lock};
+use crate::inline::Doors;
 use crate::memory::{HUGE, Kind, Memory};
 use crate::policy::Seat;
 use crate::pool::Pool;
-use crate::readahead::{Advice, Walks};
+use crate::readahead::{Advice, Walks, Window};
 use crate::stats::Counters;
 use crate::table::Table;
 use crate::{Access, Kept, OnError, fork};
@@ -69,11 +71,30 @@ pub(crate) struct Body {
     pub(crate) given_back: AtomicU64,
     /// True while a round of the drain is under way.
     pub(crate) draining: AtomicBool,
-    table: Mutex<Table>,
-    changed: Condvar,
+    table: Lock<Table>,
+    /// Grows when some block has changed state, if anybody sleeps on that.
+    changes: AtomicU32,
     pub(crate) counters: Counters,
-    pub(crate) walks: Mutex<Walks>,
-    advice: RwLock<Vec<(Range<u32>, Advice)>>,
+    walks: Lock<Walking>,
+    /// Where the touchers of a region with `fault="inline"` sleep; `None` if its faults are messages.
+    pub(crate) doors: Option<Doors>,
+}
+
+/// What is known of how the region is walked, and what the program says of it.
+#[derive(Debug, Default)]
+struct Walking {
+    walks: Walks,
+    advice: Vec<(Range<u32>, Advice)>,
+}
+
+impl Walking {
+    fn advice(&self, block: u32) -> Advice {
+        self.advice
+            .iter()
+            .rev()
+            .find(|(blocks, _)| blocks.contains(&block))
+            .map_or(Advice::Normal, |(_, advice)| *advice)
+    }
 }
 
 /// A store, with a name to print.
@@ -100,6 +121,8 @@ pub(crate) struct Plan {
     pub(crate) backing: Box<dyn Backing>,
     pub(crate) block: usize,
     pub(crate) own_pool: Option<Arc<Pool>>,
+    /// True if faults are answered in the touching thread.
+    pub(crate) inline: bool,
 }
 
 impl Drop for Body {
@@ -119,6 +142,11 @@ impl Drop for Body {
             }
         }
         fork::forget(&[Kept::Range(main, self.memory.len())]);
+        if self.doors.is_some()
+            && let Some(inline) = Engine::existing().and_then(Engine::inline)
+        {
+            inline.forget(main);
+        }
         self.memory.unmap_main();
         if let Some(engine) = Engine::existing() {
             let before = self.given_back.load(Ordering::Acquire);
@@ -162,16 +190,16 @@ impl Body {
             view_gone: AtomicBool::new(false),
             given_back: AtomicU64::new(0),
             draining: AtomicBool::new(false),
-            table: Mutex::new(Table::new(
+            table: Lock::new(Table::new(
                 blocks,
                 pages,
                 (HUGE / plan.block).max(1),
                 pages_per_block,
             )),
-            changed: Condvar::new(),
+            changes: AtomicU32::new(0),
             counters: Counters::new(),
-            walks: Mutex::default(),
-            advice: RwLock::default(),
+            walks: Lock::default(),
+            doors: plan.inline.then(Doors::default),
         }
     }
 
@@ -249,19 +277,9 @@ impl Body {
         len.min(self.len.saturating_sub(start))
     }
 
-    /// What the program said of a block last.
-    pub(crate) fn advice(&self, block: u32) -> Advice {
-        let advice = self.advice.read();
-        advice
-            .iter()
-            .rev()
-            .find(|(blocks, _)| blocks.contains(&block))
-            .map_or(Advice::Normal, |(_, advice)| *advice)
-    }
-
     /// Notes what the program says of some blocks.
     pub(crate) fn advise(&self, blocks: Range<u32>, advice: Advice) {
-        let mut list = self.advice.write();
+        let list = &mut self.walks.lock().advice;
         // What is covered whole by the new word is forgotten, so that the list stays short.
         list.retain(|(old, _)| old.start < blocks.start || old.end > blocks.end);
         list.push((blocks, advice));
@@ -277,19 +295,44 @@ impl Body {
         bytes as u64
     }
 
+    /// Notes a missing fault; returns what its walk will touch next, at most `longest` blocks.
+    pub(crate) fn walked(&self, thread: u32, block: u32, longest: u32) -> Option<Window> {
+        let mut walking = self.walks.lock();
+        let advice = walking.advice(block);
+        walking.walks.fault(thread, block, longest, advice)
+    }
+
+    /// As [`Body::walked`], in the handler of SIGBUS.
+    pub(crate) fn walked_in_handler(
+        &self,
+        thread: u32,
+        block: u32,
+        longest: u32,
+    ) -> Option<Window> {
+        let mut walking = self.walks.lock_in_handler();
+        let advice = walking.advice(block);
+        walking.walks.fault(thread, block, longest, advice)
+    }
+
     /// Number of blocks.
     pub(crate) fn all_blocks(&self) -> u32 {
         self.memory.len().div_ceil(self.block) as u32
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Table> {
+    pub(crate) fn lock(&self) -> Guard<'_, Table> {
         self.table.lock()
     }
 
+    /// As [`Body::lock`], in the handler of SIGBUS.
+    pub(crate) fn lock_in_handler(&self) -> Guard<'_, Table> {
+        self.table.lock_in_handler()
+    }
+
     /// Sleeps until some block changes state, at most `at_most`.
-    pub(crate) fn sleep(&self, table: &mut MutexGuard<'_, Table>, at_most: Duration) {
+    pub(crate) fn sleep(&self, table: &mut Guard<'_, Table>, at_most: Duration) {
         table.sleepers += 1;
-        self.changed.wait_for(table, at_most);
+        let seen = self.changes.load(Ordering::SeqCst);
+        table.sleep(&self.changes, seen, at_most);
         table.sleepers -= 1;
     }
 
@@ -305,13 +348,17 @@ impl Body {
         }
         let waited = table.release(block, state);
         self.changed(table);
+        if let Some(doors) = &self.doors {
+            doors.open(block);
+        }
         waited
     }
 
     /// Wakes the callers that sleep until something changes.
     pub(crate) fn changed(&self, table: &Table) {
         if table.sleepers > 0 {
-            self.changed.notify_all();
+            self.changes.fetch_add(1, Ordering::SeqCst);
+            futex::wake(&self.changes, i32::MAX);
         }
     }
 
@@ -339,6 +386,19 @@ impl Body {
             crate::stats::add(&self.counters.bytes_read, stored as u64);
         }
         Ok(read)
+    }
+
+    /// As [`Body::read_store`], in a handler of SIGBUS. False: the ordinary way has to read it.
+    pub(crate) fn read_bare(&self, start: usize, into: &mut [u8]) -> bool {
+        let stored = self.stored(start, into.len());
+        let (bytes, tail) = into.split_at_mut(stored);
+        let offset = self.store_offset + start as u64;
+        if self.read_turn.is_some() || !self.store.0.read_bare(offset, bytes) {
+            return false;
+        }
+        tail.fill(0);
+        crate::stats::add(&self.counters.bytes_read, stored as u64);
+        true
     }
 
     /// Writes bytes to the store; what lies beyond the region is left out.
@@ -409,7 +469,7 @@ impl Body {
     /// follows them, have deadlines of their own. `since` is the caller's, `None` at first.
     pub(crate) fn await_owner(
         &self,
-        table: &mut MutexGuard<'_, Table>,
+        table: &mut Guard<'_, Table>,
         block: u32,
         since: &mut Option<Instant>,
     ) -> Result<(), Error> {

@@ -212,8 +212,14 @@ fn sleepers_wait(engine: &Engine, body: &Body, block: u32) -> bool {
         Some(_) => {}
     }
     table.give_up_sleepers(block);
+    // A handler of SIGBUS reads by itself; every other read has a deadline of its own.
+    let what = if table.state(block) == State::Filling {
+        "read"
+    } else {
+        "write"
+    };
     let cause = format!(
-        "the write under way has not come back after {:?}",
+        "the {what} under way has not come back after {:?}",
         body.retry_for
     );
     poison::tell_sleepers(body, &mut table, block, &cause);

@@ -20,10 +20,12 @@ use crate::drain::Drain;
 use crate::errand::Errands;
 use crate::error::Error;
 use crate::fork::{self, Kept};
+use crate::inline::{InlineSource, Touches};
 use crate::limit;
 use crate::pool::Pool;
 use crate::room::Gate;
 use crate::served::{Peers, Registry};
+use crate::signals;
 use crate::stats::Counters;
 use crate::trace::Recorder;
 use crate::workers::{Source, Workers};
@@ -48,6 +50,9 @@ pub(crate) struct Engine {
     /// The threads of the third fault source: the memory of other processes.
     pub(crate) servers: Workers,
     pub(crate) peers: Registry,
+    /// The threads that answer what touching threads leave to others.
+    pub(crate) touches: Workers,
+    pub(crate) inline_source: InlineSource,
     pub(crate) clock: Clock,
     pub(crate) drain: Drain,
     pub(crate) errands: Errands,
@@ -131,6 +136,8 @@ impl Engine {
             servers: Workers::of(&Peers),
             peers: Registry::default(),
             tracked: crate::tracked::Registry::default(),
+            touches: Workers::of(&Touches),
+            inline_source: InlineSource::default(),
             clock: Clock::default(),
             drain: Drain::default(),
             errands: Errands::default(),
@@ -161,14 +168,17 @@ impl Engine {
     }
 
     pub(crate) fn by_id(&self, id: u32) -> Option<Arc<Body>> {
+        let _shield = signals::shield();
         self.by_id.read().get(&id).cloned()
     }
 
     pub(crate) fn bodies(&self) -> Vec<Arc<Body>> {
+        let _shield = signals::shield();
         self.by_id.read().values().cloned().collect()
     }
 
     pub(crate) fn admit(&self, body: &Arc<Body>) {
+        let _shield = signals::shield();
         self.by_id.write().insert(body.id, body.clone());
         self.by_address
             .write()
@@ -176,6 +186,7 @@ impl Engine {
     }
 
     pub(crate) fn dismiss(&self, body: &Body) {
+        let _shield = signals::shield();
         if put_back(Defect::UserfaultfdForEach) {
             crate::defects::close_the_one_of(body.id);
         }

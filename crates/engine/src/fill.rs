@@ -175,7 +175,9 @@ impl Engine {
                 table.claim(block, Purpose::Fill);
                 drop(table);
                 self.trace(Kind::Missing, &body, block, touch.thread);
-                self.look_ahead(&body, block, touch.thread);
+                if !touch.noted {
+                    self.look_ahead(&body, block, touch.thread);
+                }
                 self.fill(Filling::asked_by(touch, body, block), lead);
             }
             Answer::Map => {
@@ -591,12 +593,14 @@ impl Engine {
     /// Asks for what the walk of `thread` will touch next, if its fault on `block` belongs to one.
     pub(crate) fn look_ahead(&'static self, body: &Arc<Body>, block: u32, thread: u32) {
         let limit = self.pool_of(body).figures().limit;
-        let longest = (limit / WINDOW_SHARE).min(LONGEST_WINDOW) / body.block as u64;
-        let window = body
-            .walks
-            .lock()
-            .fault(thread, block, longest as u32, body.advice(block));
-        let Some(window) = window else { return };
+        let window = body.walked(thread, block, longest_window(body, limit));
+        if let Some(window) = window {
+            self.submit_ahead(body, window);
+        }
+    }
+
+    /// Has a window brought in.
+    pub(crate) fn submit_ahead(&'static self, body: &Arc<Body>, window: Window) {
         // A run of small blocks is fetched at one go, and then taken apart.
         if window.count < 2 || (window.step.abs() == 1 && body.block < FETCHED_BELOW) {
             self.workers.submit(self, Task::Ahead(body.clone(), window));
@@ -686,6 +690,11 @@ impl Engine {
             }
         }
     }
+}
+
+/// The longest window that a limit of so many bytes allows, in blocks.
+pub(crate) fn longest_window(body: &Body, limit: u64) -> u32 {
+    ((limit / WINDOW_SHARE).min(LONGEST_WINDOW) / body.block as u64) as u32
 }
 
 /// The kernel refused memory that the limit allowed: wait for some. Anything else is for good.

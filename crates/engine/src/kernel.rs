@@ -95,7 +95,8 @@ impl Engine {
         if body.writable() {
             mode |= UFFDIO_REGISTER_MODE_WP;
         }
-        self.uffd.register(body.memory.main() + start, len, mode)
+        self.uffd_of(body)
+            .register(body.memory.main() + start, len, mode)
     }
 
     /// Wakes whoever sleeps on a block.
@@ -105,6 +106,10 @@ impl Engine {
 
     /// As [`Engine::wake`], for memory of this process.
     pub(crate) fn wake_here(&self, body: &Body, block: u32) {
+        if let Some(doors) = &body.doors {
+            // Nobody sleeps in the kernel.
+            return doors.open(block);
+        }
         // A range of a region that is being closed may be gone: then close wakes.
         let _ = self.uffd.wake(body.address(block), body.block_len(block));
     }
@@ -148,7 +153,7 @@ impl Engine {
                 // SAFETY: `bytes` is the engine's own memory; the caller owns the block, so no reference
                 // to its absent bytes exists outside of user threads that asked for exactly this.
                 unsafe {
-                    self.uffd.copy(
+                    self.uffd_of(body).copy(
                         address + from + at,
                         bytes[from + at..].as_ptr() as usize,
                         len,
@@ -160,7 +165,7 @@ impl Engine {
                 Filled::Whole { skipped } => {
                     if skipped > 0 {
                         // EEXIST wakes nobody.
-                        let _ = self.uffd.wake(address, bytes.len());
+                        let _ = self.uffd_of(body).wake(address, bytes.len());
                     }
                     *placed = bytes.len();
                     return Ok(());
@@ -175,7 +180,7 @@ impl Engine {
                     } else {
                         self.continue_range(body, start + at, page, CONTINUE_WAKES)?;
                     }
-                    let _ = self.uffd.wake(address + at, page);
+                    let _ = self.uffd_of(body).wake(address + at, page);
                     from = at + page;
                     *placed = from;
                 }
@@ -263,13 +268,13 @@ impl Engine {
         loop {
             let filled = fill::fill(len - from, body.memory.page(), Fill::Shared, |at, len| {
                 // SAFETY: the caller owns the block, and every page of it is whole.
-                unsafe { self.uffd.continue_(address + from + at, len, mode) }
+                unsafe { self.uffd_of(body).continue_(address + from + at, len, mode) }
             });
             match filled {
                 Filled::Whole { skipped } => {
                     if skipped > 0 && dont_wake == CONTINUE_WAKES {
                         // EEXIST wakes nobody.
-                        let _ = self.uffd.wake(address, len);
+                        let _ = self.uffd_of(body).wake(address, len);
                     }
                     return Ok(());
                 }
@@ -282,6 +287,39 @@ impl Engine {
         }
     }
 
+    /// As [`Engine::copy`] into a whole block, for a handler: true if every page was absent and is there now.
+    pub(crate) fn copy_bare(&self, body: &Body, start: usize, bytes: &[u8]) -> bool {
+        let mode = if body.writable() {
+            UFFDIO_COPY_MODE_WP
+        } else {
+            0
+        };
+        let (address, page) = (body.memory.main() + start, body.memory.page());
+        let filled = fill::fill(bytes.len(), page, Fill::OwnAbsent, |at, len| {
+            // SAFETY: as in `copy`.
+            unsafe {
+                let from = bytes[at..].as_ptr() as usize;
+                self.uffd_of(body).copy(address + at, from, len, mode)
+            }
+        });
+        matches!(filled, Filled::Whole { .. })
+    }
+
+    /// As [`Engine::map_again`], for a handler: true if every page is mapped now.
+    pub(crate) fn continue_bare(&self, body: &Body, start: usize, len: usize) -> bool {
+        let mode = if body.writable() {
+            UFFDIO_CONTINUE_MODE_WP
+        } else {
+            0
+        };
+        let (address, page) = (body.memory.main() + start, body.memory.page());
+        let filled = fill::fill(len, page, Fill::Shared, |at, len| {
+            // SAFETY: the caller owns the block, and every page of it is whole.
+            unsafe { self.uffd_of(body).continue_(address + at, len, mode) }
+        });
+        matches!(filled, Filled::Whole { .. })
+    }
+
     /// Makes every touch of an absent block SIGBUS.
     pub(crate) fn poison(&self, body: &Body, table: &mut Table, block: u32) -> io::Result<()> {
         if !self.abilities.poison {
@@ -290,11 +328,11 @@ impl Engine {
         let (start, len) = (body.address(block), body.block_len(block));
         if body.writable() {
             // Poison goes only where there is nothing: lift the markers that protection left behind.
-            let _ = self.uffd.writeprotect(start, len, 0);
+            let _ = self.uffd_of(body).writeprotect(start, len, 0);
         }
         let filled = fill::fill(len, body.memory.page(), Fill::Shared, |at, len| {
             // SAFETY: a touch of a block that could not be had is SIGBUS by the region's contract.
-            unsafe { self.uffd.poison(start + at, len, 0) }
+            unsafe { self.uffd_of(body).poison(start + at, len, 0) }
         });
         match filled {
             Filled::Whole { .. } => Ok(()),

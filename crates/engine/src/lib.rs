@@ -24,6 +24,7 @@
 //! | `backing`, `served` | where the bytes of a block go; the memory of other processes |
 //! | `trace` | recording faults for the simulator |
 //! | `watch` | the debug option: no write is missed |
+//! | `inline`, `futex` | faults answered in the touching thread, and the locks for that |
 //! | `defects` | wrong rules that a build for tests can put back |
 //! | `fork`, `lock`, `signals` | what a child gets; locks that survive it; threads without signals |
 //!
@@ -59,8 +60,10 @@ mod error;
 mod evict;
 mod fill;
 mod fork;
+mod futex;
 mod halfway;
 mod huge_tmpfs;
+mod inline;
 mod kernel;
 mod leak;
 pub mod limit;
@@ -127,6 +130,15 @@ pub enum Pages {
     Huge,
 }
 
+/// Who answers a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultWay {
+    /// Threads of the engine.
+    Threads,
+    /// The thread that touches, in its handler of SIGBUS.
+    Inline,
+}
+
 /// What happens when a block cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnError {
@@ -153,6 +165,8 @@ pub struct RegionOptions {
     pub block: Option<usize>,
     /// Which pages.
     pub pages: Pages,
+    /// Who answers its faults.
+    pub fault: FaultWay,
     /// A limit for this region alone, bytes.
     pub memory_limit: Option<u64>,
     /// What a failed read means.

@@ -318,6 +318,19 @@ impl Policy {
         self.resting.entries.len()
     }
 
+    /// True if `places` more blocks can be put into any one queue of mapped blocks without growing it.
+    pub fn has_places(&self, places: usize) -> bool {
+        let room = |line: &Line| line.entries.capacity() - line.entries.len();
+        self.mapped.iter().all(|line| room(line) >= places)
+    }
+
+    /// Makes the queues of mapped blocks grow until they have so many places.
+    pub fn keep_places(&mut self, places: usize) {
+        for line in &mut self.mapped {
+            line.entries.reserve(places);
+        }
+    }
+
     /// Forgets the entries of blocks that are `gone`.
     pub fn forget(&mut self, gone: impl Fn(Seat) -> bool) {
         for line in self.mapped.iter_mut().chain([&mut self.resting]) {

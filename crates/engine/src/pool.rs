@@ -7,11 +7,14 @@
 //! When memory is short, faulting threads take turns ([`Turn`]): one instruction can need four blocks at
 //! once, and a block that is taken away before its thread has moved on makes no progress for anybody.
 
+mod in_handler;
+
+pub(crate) use in_handler::Taken;
+
 use std::collections::{BTreeMap, HashMap};
 
-use crate::lock::Mutex;
-
 use crate::defects::{Defect, put_back};
+use crate::futex::Lock;
 use crate::policy::{Memo, Policy, Queue, Seat};
 
 /// Blocks that one instruction may need at once: a copy whose both ends straddle two blocks.
@@ -49,6 +52,10 @@ pub enum Victim {
 /// The queues of a pool.
 #[derive(Debug, Default)]
 pub struct PoolState {
+    /// True if handlers of SIGBUS use the pool: then the queues always have room to spare.
+    in_handlers: bool,
+    /// Places in the queues that handlers count on.
+    promised: usize,
     limit: u64,
     /// Bytes of blocks.
     used: u64,
@@ -69,7 +76,7 @@ pub struct PoolState {
 /// A limit with its queues.
 #[derive(Debug, Default)]
 pub struct Pool {
-    state: Mutex<PoolState>,
+    state: Lock<PoolState>,
 }
 
 impl PoolState {
@@ -155,6 +162,20 @@ impl PoolState {
             .take_mapped(64, |seat| !kept.contains(&seat))
             .map_or(Victim::NotNow, |entry| Victim::Zap(entry.seat))
     }
+
+    /// Notes that `thread` was given a block. Does not allocate if the thread is known.
+    fn note_given(&mut self, thread: u32, seat: Seat, now: u32) {
+        self.threads.insert(thread, now);
+        if let Some(turn) = &mut self.turn
+            && turn.thread == thread
+        {
+            turn.last = now;
+            // Its four blocks are what is looked at; there is room for no more.
+            if turn.seats.len() < turn.seats.capacity() {
+                turn.seats.push(seat);
+            }
+        }
+    }
 }
 
 /// Figures of a pool.
@@ -170,7 +191,7 @@ impl Pool {
     /// A pool with a limit in bytes.
     pub fn new(limit: u64) -> Pool {
         Pool {
-            state: Mutex::new(PoolState {
+            state: Lock::new(PoolState {
                 limit,
                 ..PoolState::default()
             }),
@@ -264,10 +285,9 @@ impl Pool {
 
     /// Puts a block that was just mapped or unmapped into a queue.
     pub fn seat(&self, queue: Queue, seat: Seat, bytes: usize, now: u32) {
-        self.state
-            .lock()
-            .policy
-            .join(queue, seat, bytes as u32, now);
+        let mut state = self.state.lock();
+        state.policy.join(queue, seat, bytes as u32, now);
+        state.keep_places();
     }
 
     /// Notes that `thread` was given a block, if it is its turn.
@@ -278,13 +298,7 @@ impl Pool {
                 .threads
                 .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
         }
-        state.threads.insert(thread, now);
-        if let Some(turn) = &mut state.turn
-            && turn.thread == thread
-        {
-            turn.last = now;
-            turn.seats.push(seat);
-        }
+        state.note_given(thread, seat, now);
     }
 
     /// Counts a fault that waits for memory.

@@ -107,7 +107,7 @@ impl Engine {
     /// The protection of a region's pages.
     pub(crate) fn protection<'a>(&'a self, body: &Body) -> Mapping<'a> {
         Mapping {
-            uffd: &self.uffd,
+            uffd: self.uffd_of(body),
             start: body.memory.main(),
             page: body.memory.page(),
         }

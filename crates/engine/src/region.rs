@@ -23,7 +23,9 @@ use crate::prefetch::{self, PrefetchTicket};
 use crate::readahead::Advice;
 use crate::stats::{self, Stats};
 use crate::table::BlockError;
-use crate::{Access, Pages, RegionOptions, access, evict, poison, staging, trace};
+use crate::{
+    Access, FaultWay, Pages, RegionOptions, access, evict, inline, poison, staging, trace,
+};
 
 /// The largest block, bytes.
 pub const LARGEST_BLOCK: usize = 64 << 20;
@@ -148,6 +150,10 @@ impl Region {
             )));
         }
         let engine = Engine::current()?;
+        let inline = match options.fault {
+            FaultWay::Threads => None,
+            FaultWay::Inline => Some(engine.start_inline(options.access != Access::ReadOnly)?),
+        };
         let limit = options
             .memory_limit
             .unwrap_or_else(|| engine.pool.figures().limit);
@@ -176,7 +182,13 @@ impl Region {
             backing: Box::new(Here),
             block: shape.block,
             own_pool,
+            inline: inline.is_some(),
         }));
+        if let Some(inline) = inline {
+            inline.admit(&body)?;
+            engine.pool.prepare_for_handlers();
+            engine.pool_of(&body).prepare_for_handlers();
+        }
         body.lock().tables_stay = !engine.frees_tables(&body);
         engine.pool.admit(body.block as u64);
         if let Some(own) = &body.own_pool {
@@ -264,6 +276,15 @@ impl Region {
         self.body.memory.kind().name()
     }
 
+    /// Who answers its faults.
+    pub fn fault(&self) -> FaultWay {
+        if self.body.doors.is_some() {
+            FaultWay::Inline
+        } else {
+            FaultWay::Threads
+        }
+    }
+
     /// Read-only or not.
     pub fn access(&self) -> Access {
         self.body.access
@@ -276,7 +297,8 @@ impl Region {
 
     /// True if system calls on absent memory wait like any touch; false if they fail with EFAULT.
     pub fn kernel_faults(&self) -> bool {
-        Engine::existing().is_some_and(|engine| engine.uffd.kernel_faults())
+        self.body.doors.is_none()
+            && Engine::existing().is_some_and(|engine| engine.uffd.kernel_faults())
     }
 
     /// Writes back what is dirty in a range, and returns when it, and everything written back before, is
@@ -305,6 +327,11 @@ impl Region {
     /// left out.
     pub fn prefetch(&self, ranges: &[(u64, u64)]) -> Result<PrefetchTicket, Error> {
         let engine = self.engine()?;
+        if self.body.doors.is_some() {
+            inline::look_after()?;
+        } else {
+            inline::keep_handler();
+        }
         let mut blocks = Vec::with_capacity(ranges.len());
         for &(offset, len) in ranges {
             self.check(offset, len)?;
@@ -405,6 +432,11 @@ impl Region {
         if self.body.generation != fork::generation() {
             return Stats::default();
         }
+        if self.body.doors.is_some() {
+            inline::look_after_or_say();
+        } else {
+            inline::keep_handler();
+        }
         let mut stats = of_body(&self.body);
         if let Some(engine) = Engine::existing() {
             stats.limit = engine.pool_of(&self.body).figures().limit;
@@ -455,7 +487,7 @@ impl Region {
             return Err(error);
         }
         for block in 0..body.all_blocks() {
-            if body.lock().state(block) == State::Resting {
+            if engine.hashing && body.lock().state(block) == State::Resting {
                 engine.check_content(body, block);
             }
         }
@@ -539,7 +571,12 @@ impl Region {
         self.wait_for_owners(body.retry_for + Duration::from_secs(2));
         body.memory.seal();
         // Sleepers find PROT_NONE now, and get SIGSEGV instead of sleeping on.
-        let _ = engine.uffd.wake(body.memory.main(), body.memory.len());
+        let _ = engine
+            .uffd_of(body)
+            .wake(body.memory.main(), body.memory.len());
+        if let (Some(_), Some(inline)) = (&body.doors, engine.inline()) {
+            inline.dismiss(body);
+        }
         engine.dismiss(body);
         engine.pool_of(body).forget(body.id);
         engine.pool.dismiss(body.block as u64);
@@ -604,6 +641,7 @@ fn of_body(body: &Body) -> Stats {
 
 /// Figures of the whole process.
 pub fn stats() -> Stats {
+    inline::keep_handler();
     let mut total = Stats::default();
     let Some(engine) = Engine::existing() else {
         return total;

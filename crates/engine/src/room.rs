@@ -28,6 +28,9 @@ const NOTHING_LEAVES: Duration = Duration::from_millis(250);
 /// Headroom is looked at once for so much growth, bytes.
 const STRIDE: i64 = 16 << 20;
 
+/// Blocks that leave ahead of need before those are told who wait for room.
+const AT_ONCE: u32 = 16;
+
 /// Watches a cgroup's headroom.
 pub(crate) struct Gate {
     cgroup: Option<Cgroup>,
@@ -65,7 +68,18 @@ impl Gate {
         false
     }
 
-    fn give_back(&self, bytes: u64) {
+    /// As `pass`, for a handler: only what is known already.
+    pub(crate) fn pass_in_handler(&self, bytes: u64) -> bool {
+        if self.cgroup.is_none()
+            || self.allowance.fetch_sub(bytes as i64, Ordering::Relaxed) >= bytes as i64
+        {
+            return true;
+        }
+        self.allowance.fetch_add(bytes as i64, Ordering::Relaxed);
+        false
+    }
+
+    pub(crate) fn give_back(&self, bytes: u64) {
         if self.cgroup.is_some() {
             // What was given back can be taken again; more than a stride is not saved up.
             let _ =
@@ -192,7 +206,7 @@ impl Engine {
     pub(crate) fn release_tables(&self, body: &Body, block: u32) {
         let (start, len) = body.span(block);
         if self.evidence(body) == Evidence::Kernel {
-            let _ = self.uffd.writeprotect(
+            let _ = self.uffd_of(body).writeprotect(
                 body.memory.main() + start,
                 len,
                 UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
@@ -285,6 +299,33 @@ impl Engine {
                 }
                 Some(left)
             }
+        }
+    }
+
+    /// Evicts until the pools that handlers use have some room to spare. Says so from time to time by `made`.
+    pub(crate) fn make_room_ahead(&'static self, made: impl Fn()) {
+        let mut lead = Lead::none(self);
+        let own = self
+            .bodies()
+            .into_iter()
+            .filter(|body| body.doors.is_some())
+            .filter_map(|body| body.own_pool.clone());
+        for pool in own.chain([self.pool.clone()]) {
+            let (mut fruitless, mut passed, mut left) = (0, 0, 0);
+            while pool.wants_headroom() && fruitless < 64 {
+                match self.one_leaves(&pool, 0, &mut passed, &mut lead) {
+                    Some(true) => {
+                        fruitless = 0;
+                        left += 1;
+                        if left % AT_ONCE == 0 {
+                            made();
+                        }
+                    }
+                    Some(false) => fruitless += 1,
+                    None => break,
+                }
+            }
+            made();
         }
     }
 

@@ -20,6 +20,12 @@ const WAITED: u8 = 1;
 /// The owner puts back pages of a block that is resident before and after.
 const REFILLING: u8 = 2;
 
+/// The owner is a handler of SIGBUS: nobody but its sleepers watches how long it takes.
+const IN_HANDLER: u8 = 4;
+
+/// A toucher has handed a fault on the block over, and it has not been answered yet.
+const ASKED: u8 = 8;
+
 /// A span has a page table.
 const TABLE: u16 = 1 << 15;
 
@@ -235,11 +241,34 @@ impl Table {
         let Some(next) = block::claim(state, purpose) else {
             return false;
         };
+        let flags = &mut self.flags[block as usize];
+        *flags &= !ASKED;
         if purpose == Purpose::Refill {
-            self.flags[block as usize] |= REFILLING;
+            *flags |= REFILLING;
         }
         self.set(block, next);
         true
+    }
+
+    /// As [`Table::claim`], by a handler of SIGBUS.
+    pub(crate) fn claim_in_handler(&mut self, block: u32, purpose: Purpose) -> bool {
+        let claimed = self.claim(block, purpose);
+        if claimed {
+            self.flags[block as usize] |= IN_HANDLER;
+        }
+        claimed
+    }
+
+    /// Notes that an unowned block has been asked for; the next owner ends that.
+    pub(crate) fn ask(&mut self, block: u32) {
+        if matches!(self.state(block), State::Absent | State::Resting) {
+            self.flags[block as usize] |= ASKED;
+        }
+    }
+
+    /// True if an unowned block has been asked for and not been taken since.
+    pub(crate) fn is_asked(&self, block: u32) -> bool {
+        self.flags[block as usize] & ASKED != 0
     }
 
     /// True while the owner puts back pages of a block that is resident before and after.
@@ -253,7 +282,7 @@ impl Table {
         self.set(block, state);
         let flags = &mut self.flags[block as usize];
         let waited = *flags & WAITED != 0;
-        *flags &= !(WAITED | REFILLING);
+        *flags &= !(WAITED | REFILLING | IN_HANDLER);
         if waited {
             self.waiting_since.remove(&block);
         }
@@ -280,11 +309,11 @@ impl Table {
     /// watched: a fill has its own.
     pub(crate) fn wait(&mut self, block: u32) -> bool {
         self.flags[block as usize] |= WAITED;
-        if !matches!(
+        let no_deadline = matches!(
             self.state(block),
             State::Evicting | State::Cleaning | State::Writing
-        ) || self.waiting_since.contains_key(&block)
-        {
+        ) || self.flags[block as usize] & IN_HANDLER != 0;
+        if !no_deadline || self.waiting_since.contains_key(&block) {
             return false;
         }
         self.waiting_since.insert(block, Instant::now());
@@ -300,6 +329,11 @@ impl Table {
     pub(crate) fn give_up_sleepers(&mut self, block: u32) {
         self.waiting_since.remove(&block);
         self.given_up.insert(block);
+    }
+
+    /// True while poison lies over a block whose owner has not come back.
+    pub(crate) fn is_given_up(&self, block: u32) -> bool {
+        !self.given_up.is_empty() && self.given_up.contains(&block)
     }
 
     /// True if the sleepers on a block, whose owner has now come back, were given up; once.

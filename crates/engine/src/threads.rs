@@ -5,7 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::signals::BlockedSignals;
+use crate::signals::{self, BlockedSignals};
 
 /// Starts a thread that lives until the process ends. False if the system has none left.
 pub(crate) fn start(name: &str, stack: usize, run: impl FnOnce() + Send + 'static) -> bool {
@@ -14,6 +14,7 @@ pub(crate) fn start(name: &str, stack: usize, run: impl FnOnce() + Send + 'stati
         .name(name.into())
         .stack_size(stack)
         .spawn(|| {
+            signals::never_interrupted();
             // The hook has printed the panic's message and place.
             if catch_unwind(AssertUnwindSafe(run)).is_err() {
                 crate::say::line(

@@ -23,7 +23,9 @@ use crate::body::Body;
 use crate::clock::Watch;
 use crate::engine::Engine;
 use crate::fill::Filling;
+use crate::inline::Request;
 use crate::readahead::Window;
+use crate::signals;
 use crate::threads;
 
 /// Threads at most, beside those that a hung store holds.
@@ -45,6 +47,8 @@ pub(crate) struct Touch {
     pub(crate) process: u32,
     /// When the message was read.
     pub(crate) read: Instant,
+    /// The toucher has noted its walk already.
+    pub(crate) noted: bool,
 }
 
 impl Touch {
@@ -72,7 +76,22 @@ impl Touch {
             thread: ptid,
             process,
             read,
+            noted: false,
         })
+    }
+
+    /// What a handler of SIGBUS left to others. It does not know what the fault is called; a page that the
+    /// program threw away is brought back the same way whatever its name.
+    pub(crate) fn from_request(request: &Request, read: Instant) -> Touch {
+        Touch {
+            address: request.address,
+            fault: Fault::Missing,
+            thread: request.thread,
+            process: 0,
+            read,
+            write: false,
+            noted: request.is_noted(),
+        }
     }
 }
 
@@ -240,6 +259,7 @@ impl Workers {
 
     /// Gives a task to the next free thread.
     pub(crate) fn submit(&'static self, engine: &'static Engine, task: Task) {
+        let _shield = signals::shield();
         let mut state = self.state.lock();
         state.queue.push_back(task);
         self.call(engine, state);

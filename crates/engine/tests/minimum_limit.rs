@@ -18,8 +18,15 @@ fn smallest(kind: Kind, blocks: usize) -> (Arc<Bytes>, Arc<Region>) {
     (store.clone(), Region::open(store, options).unwrap())
 }
 
-fn kinds() -> [Kind; 4] {
-    [COPIED, COPIED_64K, VIEWED, HUGE_PAGES]
+fn kinds() -> [Kind; 6] {
+    [
+        COPIED,
+        COPIED_64K,
+        VIEWED,
+        HUGE_PAGES,
+        COPIED_INLINE,
+        VIEWED_INLINE,
+    ]
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use userfault_engine::{Access, OnError, Pages, Region, RegionOptions};
+use userfault_engine::{Access, FaultWay, OnError, Pages, Region, RegionOptions};
 use userfault_store::Store;
 
 /// Bytes in memory, behind a lock for each 64 KiB.
@@ -103,6 +103,7 @@ fn options(access: Access, len: usize, block: usize, pages: Pages, limit: u64) -
         len: len as u64,
         block: Some(block),
         pages,
+        fault: FaultWay::Threads,
         memory_limit: Some(limit),
         on_error: OnError::Auto,
         retry_for: Duration::from_secs(30),

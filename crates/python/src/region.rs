@@ -14,7 +14,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use userfault_engine::readahead::Advice;
-use userfault_engine::{Access, OnError, Pages, RegionOptions};
+use userfault_engine::{Access, FaultWay, OnError, Pages, RegionOptions};
 
 use crate::errors;
 use crate::pin::Pin;
@@ -103,8 +103,8 @@ impl Region {
 impl Region {
     #[new]
     #[pyo3(signature = (
-        store, *, name, writable, private, offset, length, block, pages, memory_limit, on_error, retry_for, locking,
-        owns_lock
+        store, *, name, writable, private, offset, length, block, pages, fault, memory_limit, on_error, retry_for,
+        locking, owns_lock
     ))]
     #[allow(
         clippy::too_many_arguments,
@@ -120,6 +120,7 @@ impl Region {
         length: u64,
         block: Option<usize>,
         pages: &str,
+        fault: &str,
         memory_limit: Option<u64>,
         on_error: &str,
         retry_for: f64,
@@ -141,6 +142,11 @@ impl Region {
                 "4KiB" => Pages::Small,
                 "2MiB" => Pages::Huge,
                 _ => return Err(PyValueError::new_err(format!("pages is {pages:?}"))),
+            },
+            fault: match fault {
+                "threads" => FaultWay::Threads,
+                "inline" => FaultWay::Inline,
+                _ => return Err(PyValueError::new_err(format!("fault is {fault:?}"))),
             },
             memory_limit,
             on_error: match on_error {
@@ -220,8 +226,18 @@ impl Region {
         self.region.is_closed()
     }
 
+    /// Who answers a fault: "threads" of the engine, or "inline" the thread that touches.
+    #[getter]
+    fn fault(&self) -> &'static str {
+        match self.region.fault() {
+            FaultWay::Threads => "threads",
+            FaultWay::Inline => "inline",
+        }
+    }
+
     /// True if a system call on absent memory waits as a touch does; False if it fails with EFAULT.
     ///
+    /// It is False with fault="inline", and where the machine does not allow it.
     /// Then use pin(), pread(), pwrite() and readinto(); `userfault doctor` says why, and what mends it.
     #[getter]
     fn kernel_faults(&self) -> bool {

@@ -1,7 +1,9 @@
 //! Direct I/O: when it may be used on a file, and when it pays.
 //!
 //! Measured on ext4 on a virtual disk, cold, one call at a time: reads of 128 KiB and more are 1.3 to 1.5
-//! times as fast direct as through the page cache, smaller ones are not; a write is not faster, but leaves
+//! times as fast direct as through the page cache, smaller ones are as fast. With sixteen threads on two
+//! processors a direct read of 4 KiB takes 3.7 to 4.4 microseconds of processor time, one through the page cache
+//! that leaves nothing behind 4.6 to 7.4, for the readers of one file meet at its page cache. A write is not faster, but leaves
 //! nothing to write back and nothing in the page cache. Small writes are far cheaper through the page
 //! cache (4 KiB: 23 against 123 microseconds, with the final sync), where the kernel gathers them.
 //!
@@ -16,6 +18,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Reads at least this long go past the page cache, in bytes.
 pub(crate) const READ_FROM: usize = 128 << 10;
+/// Those of many threads that found nothing of them in the page cache from here on, in bytes.
+pub(crate) const ABSENT_FROM: usize = 4096;
 /// Writes at least this long go past the page cache, in bytes.
 pub(crate) const WRITE_FROM: usize = 256 << 10;
 
@@ -62,10 +66,16 @@ impl Direct {
         len - len % self.offset
     }
 
-    /// Reads what can be read direct; `None`: nothing, use the other way. May be short at the file's end.
-    pub(crate) fn read(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<usize>> {
+    /// Reads what can be read direct, if that is at least `from` bytes; `None`: nothing, use the other way. May
+    /// be short at the file's end.
+    pub(crate) fn read(
+        &self,
+        offset: u64,
+        buf: &mut [u8],
+        from: usize,
+    ) -> Option<io::Result<usize>> {
         let len = self.fits(buf.as_ptr() as usize, offset, buf.len());
-        if len < READ_FROM {
+        if len < from {
             return None;
         }
         self.unless_refused(|| self.file.read_at(&mut buf[..len], offset))

@@ -230,6 +230,34 @@ impl FileStore {
         usize::try_from(self.len.saturating_sub(offset)).map_or(len, |rest| rest.min(len))
     }
 
+    /// Fills `buf`, past the page cache where that is at least `direct_from` bytes. False: the file has become
+    /// shorter than it was. Allocates nothing.
+    fn read_all(&self, offset: u64, buf: &mut [u8], direct_from: usize) -> io::Result<bool> {
+        let len = self.existing(offset, buf.len());
+        let mut done = 0;
+        while done < len {
+            let at = offset + done as u64;
+            // The whole buffer, not only what exists: a direct read may run over the end of the file.
+            let direct = self
+                .direct
+                .as_ref()
+                .and_then(|direct| direct.read(at, &mut buf[done..], direct_from));
+            let n = match direct {
+                Some(result) => result?,
+                None if self.in_memory => retry(|| self.file.read_at(&mut buf[done..len], at))?,
+                None => self
+                    .cache
+                    .read_through(&self.file, at, &mut buf[done..len])?,
+            };
+            if n == 0 {
+                return Ok(false);
+            }
+            done += n;
+        }
+        buf[len..].fill(0);
+        Ok(true)
+    }
+
     /// Writes all of `data` by calls of `write`, which may do less than they are asked to.
     fn write_checked(
         &self,
@@ -296,29 +324,23 @@ impl std::error::Error for Truncated {}
 
 impl Store for FileStore {
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let len = self.existing(offset, buf.len());
-        let mut done = 0;
-        while done < len {
-            let at = offset + done as u64;
-            // The whole buffer, not only what exists: a direct read may run over the end of the file.
-            let direct = self
-                .direct
-                .as_ref()
-                .and_then(|direct| direct.read(at, &mut buf[done..]));
-            let n = match direct {
-                Some(result) => result?,
-                None if self.in_memory => retry(|| self.file.read_at(&mut buf[done..len], at))?,
-                None => self
-                    .cache
-                    .read_through(&self.file, at, &mut buf[done..len])?,
-            };
-            if n == 0 {
-                return Err(self.truncated());
-            }
-            done += n;
+        if self.read_all(offset, buf, direct::READ_FROM)? {
+            return Ok(());
         }
-        buf[len..].fill(0);
-        Ok(())
+        Err(self.truncated())
+    }
+
+    fn read_bare(&self, offset: u64, buf: &mut [u8]) -> bool {
+        // What is in the page cache, or on its way there, is read from there.
+        let len = self.existing(offset, buf.len()) as u64;
+        let absent = !self.in_memory && self.cache.pages(&self.file, offset, len) == Some(0);
+        let direct_from = if absent {
+            direct::ABSENT_FROM
+        } else {
+            direct::READ_FROM
+        };
+        // The errors of system calls are plain numbers.
+        self.read_all(offset, buf, direct_from).unwrap_or(false)
     }
 
     fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {

@@ -67,6 +67,13 @@ pub trait Store: Send + Sync {
     /// Says that a range that was announced has been read: what was fetched for it may go.
     fn was_read(&self, _offset: u64, _len: u64) {}
 
+    /// Like [`Store::read`], in a signal handler: it may make system calls and wait for a disk, but must not
+    /// allocate, lock, use a thread-local, or panic. False says that the bytes have to be read by
+    /// [`Store::read`], which will also say what is wrong.
+    fn read_bare(&self, _offset: u64, _buf: &mut [u8]) -> bool {
+        false
+    }
+
     /// Writes all of `data` at `offset`. The engine never writes past [`Store::len`]; a store refuses it
     /// (`ENOSPC`) and never grows.
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()>;

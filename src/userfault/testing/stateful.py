@@ -85,6 +85,8 @@ class RegionStateMachine(RuleBasedStateMachine):
     """Sizes of blocks to choose from, in bytes."""
     pages: ClassVar[Literal["auto", "4KiB", "2MiB"]] = "4KiB"
     """Which pages the regions live on."""
+    fault: ClassVar[Literal["threads", "inline"]] = "threads"
+    """Who answers their faults."""
     largest: ClassVar[int] = 400_000
     """The most bytes of a store."""
 
@@ -232,6 +234,7 @@ class RegionStateMachine(RuleBasedStateMachine):
             "length": None if length is None else 1 + length % rest,
             "block": size,
             "pages": self.pages,
+            "fault": self.fault,
             "memory_limit": None if limit is None else limit * size,
             "on_error": on_error,
         }
@@ -290,7 +293,8 @@ class RegionStateMachine(RuleBasedStateMachine):
         region, expected = self._open()
         offset, length = self._range(place, length)
         data = ((np.arange(length) * 7 + value) % 251).astype(np.uint8).tobytes()
-        if way in ("pwrite", "readinto", "readinto object") or not region.kernel_faults:
+        by_call = ("pwrite", "readinto", "readinto object")
+        if way in by_call or (way == "read(2)" and not region.kernel_faults):
             self._write_by_call(offset, data, way)
             return
         if way == "itself":

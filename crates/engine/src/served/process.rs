@@ -388,6 +388,7 @@ pub(super) fn piece(
         }),
         block,
         own_pool: None,
+        inline: false,
     });
     Piece {
         item,

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use userfault_engine::lock::RwLock;
-use userfault_engine::{Access, OnError, Pages, Region, RegionOptions};
+use userfault_engine::{Access, FaultWay, OnError, Pages, Region, RegionOptions};
 use userfault_store::Store;
 
 pub const SMALL: usize = 4096;
@@ -25,6 +25,8 @@ pub struct Kind {
     pub pages: Pages,
     /// What `Region::pages` must say.
     pub name: &'static str,
+    /// Who answers its faults.
+    pub fault: FaultWay,
 }
 
 /// 4 KiB pages, filled by UFFDIO_COPY.
@@ -32,24 +34,34 @@ pub const COPIED: Kind = Kind {
     block: SMALL,
     pages: Pages::Small,
     name: "4KiB",
+    fault: FaultWay::Threads,
 };
 /// The same, 16 pages a block.
 pub const COPIED_64K: Kind = Kind {
     block: 64 << 10,
-    pages: Pages::Small,
-    name: "4KiB",
+    ..COPIED
 };
 /// 4 KiB pages, filled through the view.
 pub const VIEWED: Kind = Kind {
     block: HUGE,
-    pages: Pages::Small,
-    name: "4KiB",
+    ..COPIED
+};
+/// As [`COPIED_64K`], answered by the touching thread.
+pub const COPIED_INLINE: Kind = Kind {
+    fault: FaultWay::Inline,
+    ..COPIED_64K
+};
+/// As [`VIEWED`], answered by the touching thread.
+pub const VIEWED_INLINE: Kind = Kind {
+    fault: FaultWay::Inline,
+    ..VIEWED
 };
 /// Huge pages of whatever sort the machine has: usually those of a private tmpfs.
 pub const HUGE_PAGES: Kind = Kind {
     block: HUGE,
     pages: Pages::Huge,
     name: "2MiB",
+    fault: FaultWay::Threads,
 };
 /// hugetlb pages: only inside of `apart!(..., hugetlb, ...)`.
 pub const HUGETLB: Kind = Kind {
@@ -62,7 +74,14 @@ pub fn writable_kinds() -> Vec<Kind> {
     if apart::has_huge_pages() {
         return vec![HUGETLB];
     }
-    vec![COPIED, COPIED_64K, VIEWED, HUGE_PAGES]
+    vec![
+        COPIED,
+        COPIED_64K,
+        VIEWED,
+        HUGE_PAGES,
+        COPIED_INLINE,
+        VIEWED_INLINE,
+    ]
 }
 
 /// True if what is unmapped whole gives its page tables back: Linux 6.14, unless the protection of pages that
@@ -84,6 +103,7 @@ pub fn options(kind: Kind, access: Access, len: usize, limit: Option<u64>) -> Re
         len: len as u64,
         block: Some(kind.block),
         pages: kind.pages,
+        fault: kind.fault,
         memory_limit: limit,
         on_error: OnError::Auto,
         retry_for: Duration::from_secs(20),
@@ -154,6 +174,17 @@ impl Store for Bytes {
             self.read(offset, buf)?;
         }
         Ok(self.ready)
+    }
+
+    fn read_bare(&self, offset: u64, buf: &mut [u8]) -> bool {
+        // A compare-and-swap; where the lock is held, ordinary code waits for it.
+        let Some(bytes) = self.bytes.try_read() else {
+            return false;
+        };
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        let offset = offset as usize;
+        buf.copy_from_slice(&bytes[offset..offset + buf.len()]);
+        true
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {

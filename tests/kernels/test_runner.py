@@ -139,6 +139,16 @@ def test_a_report_is_counted() -> None:
     assert suite.counted(REPORT) == suite.Counts(passed=2, skipped=1, failed=2)
 
 
+def test_the_results_of_rust_are_counted() -> None:
+    output = """
+running 4 tests
+test one ... ok
+test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.01s
+test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 5 filtered out; finished in 0.01s
+"""
+    assert suite.summed(output) == suite.Counts(passed=5, skipped=1, failed=1)
+
+
 def content(**steps: int) -> bytes:
     """A file of four pages, each of which holds its step."""
     return b"".join(struct.pack("<Q", steps.get(f"page{number}", 0)) * 512 for number in range(4))

@@ -12,7 +12,7 @@ from userfault.model.scenarios import engine
 from userfault.model.scenarios.engine.block import CLAIMS, Answer, Fault, Purpose, State, answer
 
 ROOT = Path(__file__).parent.parent.parent
-HAZARDS = {"C1", "C2", "C3", "C4", "C7", "C8", "C9", "D1", "D2", "D3", "R1", "R2"}
+HAZARDS = {"C1", "C2", "C3", "C4", "C7", "C8", "C9", "D1", "D2", "D3", "R1", "R2", "W1", "W2", "W3"}
 QUICK = [name for name in engine.SITUATIONS if name != "everything"]
 
 

@@ -9,6 +9,10 @@ from userfault.model import explore
 from userfault.model.scenarios import engine
 
 
+# Every situation is explored anew: a minute on an idle machine.
+pytestmark = pytest.mark.time_limit(400)
+
+
 @pytest.fixture(scope="module")
 def written() -> dict[str, str]:
     if not DOCS.exists():

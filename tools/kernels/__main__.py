@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,9 +17,24 @@ SLOWER = 5.0
 """By how much the limits of the tests grow under emulation."""
 
 
-def environment(accelerated: bool) -> dict[str, str]:
+ENGINE_TESTS = ("dirty_evidence", "lost_writes", "store_errors")
+
+
+def built() -> list[str]:
+    """Builds those tests of the engine that run under each kernel; the paths of their programs."""
+    command = ["cargo", "test", "--release", "-p", "userfault-engine", "--no-run", "--message-format=json"]
+    wanted = [word for name in ENGINE_TESTS for word in ("--test", name)]
+    done = subprocess.run([*command, *wanted], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise fetch.Missing("the tests of the engine do not build")
+    messages = [json.loads(line) for line in done.stdout.splitlines()]
+    return [message["executable"] for message in messages if message.get("executable")]
+
+
+def environment(accelerated: bool, binaries: list[str]) -> dict[str, str]:
     """Ours, but for folders that are not there, with the scale of the time limits."""
     return {
+        suite.BINARIES: ":".join(binaries),
         **os.environ,
         "TMPDIR": "/run/scratch",
         suite.SCALE: os.environ.get(suite.SCALE, "1" if accelerated else str(SLOWER)),
@@ -26,7 +42,9 @@ def environment(accelerated: bool) -> dict[str, str]:
     }
 
 
-def run(series: str, command: list[str], options: argparse.Namespace) -> tuple[int | None, str, str]:
+def run(
+    series: str, command: list[str], binaries: list[str], options: argparse.Namespace
+) -> tuple[int | None, str, str]:
     """Runs one command under one kernel: its status, the kernel's package, the counts as JSON."""
     kernel = fetch.kernel(series, options.store)
     print(f"{series}: {kernel.package}", flush=True)
@@ -37,7 +55,7 @@ def run(series: str, command: list[str], options: argparse.Namespace) -> tuple[i
             kernel,
             command,
             folder=ROOT,
-            environment=environment(options.kvm),
+            environment=environment(options.kvm, binaries),
             seconds=options.minutes * 60,
             job=job,
             prefix=f"{series}| ",
@@ -67,11 +85,15 @@ def main() -> int:
     if unknown := set(parts) - suite.PARTS.keys():
         parser.error(f"no such parts: {', '.join(sorted(unknown))}")
 
-    failed, lines = False, []
+    failed = False
+    lines: list[str] = []
+    binaries: list[str] = []
     for series in options.series:
         try:
+            if not command and "engine" in parts and not binaries:
+                binaries = built()
             tests = [sys.executable, "-m", "tools.kernels.suite", *parts]
-            status, package, result = run(series, command or tests, options)
+            status, package, result = run(series, command or tests, binaries, options)
         except (fetch.Missing, TimeoutError) as error:
             print(f"{series}: {error}", file=sys.stderr)
             return 2

@@ -3,6 +3,7 @@
     conformance   the checklist of tests/conformance against the kernel that runs
     machines      50 examples of each state machine of tests/machines
     kills         20 kills of a program that writes a file through a region
+    engine        tests of the engine, built on the host: what is dirty, lost writes, store errors
 
 Each part prints what it does, and the counts of all are written to $USERFAULT_KERNELS_RESULT as JSON.
 """
@@ -27,6 +28,8 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).parent.parent.parent
 RESULT = "USERFAULT_KERNELS_RESULT"
 SCALE = "USERFAULT_TIME_SCALE"
+BINARIES = "USERFAULT_KERNELS_BINARIES"
+"""Names the built tests of the engine, with colons between."""
 
 EXAMPLES, STEPS = 50, 20
 KILLS = 20
@@ -187,12 +190,45 @@ def judged(content: bytes, flushed: int) -> str:
     return ""
 
 
+def engine() -> Counts:
+    """The built tests, one after the other: several at once only slow each other down."""
+    counts = Counts()
+    for binary in filter(None, os.environ.get(BINARIES, "").split(":")):
+        command = [binary, "--test-threads=1"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(done.stdout, flush=True)
+        found = summed(done.stdout)
+        counts.passed += found.passed
+        counts.skipped += found.skipped
+        # A program that ends without a summary has failed.
+        counts.failed += max(found.failed, int(done.returncode != 0))
+    if counts == Counts():
+        print("the tests of the engine were not built", flush=True)
+        counts.failed += 1
+    return counts
+
+
+def summed(output: str) -> Counts:
+    """The counts of the last lines that Rust's test programs print."""
+    counts = Counts()
+    for ended in re.finditer(r"^test result: .*? (\d+) passed; (\d+) failed; (\d+) ignored", output, re.M):
+        passed, failed, ignored = map(int, ended.groups())
+        counts.passed, counts.failed = counts.passed + passed, counts.failed + failed
+        counts.skipped += ignored
+    return counts
+
+
 def scale() -> float:
     """By how much time limits are longer than on an idle machine of one's own."""
     return float(os.environ.get(SCALE, "1"))
 
 
-PARTS: dict[str, Callable[[], Counts]] = {"conformance": conformance, "machines": machines, "kills": kills}
+PARTS: dict[str, Callable[[], Counts]] = {
+    "conformance": conformance,
+    "machines": machines,
+    "kills": kills,
+    "engine": engine,
+}
 
 
 def main(names: Sequence[str]) -> int:

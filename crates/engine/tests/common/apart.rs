@@ -62,8 +62,14 @@ pub fn again(name: &str, limit: Duration, environment: &[(&str, &str)]) -> Ended
     ended
 }
 
+/// By how much every limit is longer: `make kernels` sets it, since an emulated machine is slow.
+fn time_scale() -> f64 {
+    std::env::var("USERFAULT_TIME_SCALE").map_or(1.0, |text| text.parse().unwrap())
+}
+
 /// As [`again`], but to be late is an answer too.
 pub fn attempt(name: &str, limit: Duration, environment: &[(&str, &str)]) -> Ended {
+    let limit = limit.mul_f64(time_scale());
     let output = tempfile();
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture", "--test-threads=1"])

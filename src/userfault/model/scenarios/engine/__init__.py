@@ -3,6 +3,7 @@
 block.py        the states of a block and what a fault asks, as in `crates/engine/src/block.rs`
 rules.py        the rules that can be got wrong, each with the hazard it is there for
 protocol.py     fault loop, eviction, write-back, pwrite and checkpoint, step by step
+synchronous.py  the same where the first write to a page is a message: older kernels
 situations.py   small situations; with right rules each is exhausted, with a wrong one its harm is found
 """
 

@@ -59,6 +59,8 @@ class Books:
 class Engine:
     """One region of `blocks` blocks, each of `pages` pages of `page` bytes (4 KiB, or 2 MiB of hugetlb)."""
 
+    features: int = abi.UFFD_FEATURE_WP_ASYNC
+
     def __init__(
         self,
         wrong: Iterable[str] = (),
@@ -84,7 +86,7 @@ class Engine:
         if not view_fill:
             run(calls.mmap(BUFFER, pages * page))
             run(calls.fill(BUFFER, pages * page, 0))
-        self.fd = run(calls.userfaultfd(abi.UFFD_FEATURE_WP_ASYNC))
+        self.fd = run(calls.userfaultfd(self.features))
         modes = abi.UFFDIO_REGISTER_MODE_MISSING | abi.UFFDIO_REGISTER_MODE_WP
         if "claims_under_missing_alone" not in self.wrong:
             modes |= abi.UFFDIO_REGISTER_MODE_MINOR
@@ -251,6 +253,10 @@ class Engine:
             return_mask=abi.PAGE_IS_WRITTEN,
         )
         return self._in_regions((yield from t.pagemap_scan(scan)).regions)
+
+    def _taken(self, t: SystemCalls, block: int) -> Op[None]:
+        """The bits of a mapped block were taken, its pages are read next. The scan has protected them."""
+        yield from ()
 
     def _in_regions(self, regions: Iterable[abi.PageRegion]) -> set[int]:
         return {
@@ -441,7 +447,10 @@ class Engine:
             return
         if mapped:
             self.record((yield from self._harvest_mapped(t, block)))
-        yield from self._write_store(t, self.take(STORE, self._pages(block)))
+        pages = self.take(STORE, self._pages(block))
+        if mapped:
+            yield from self._taken(t, block)
+        yield from self._write_store(t, pages)
         yield from self.release(t, block, State.RESIDENT if mapped else State.RESTING)
 
     def cut(self, t: SystemCalls, block: int) -> Op[None]:
@@ -451,7 +460,10 @@ class Engine:
         held = self.claim(block, Purpose.CLEAN)
         if mapped:
             self.record((yield from self._harvest_mapped(t, block)))
-        for page in self.take(CHECKPOINT, self._pages(block)):
+        pages = self.take(CHECKPOINT, self._pages(block))
+        if mapped:
+            yield from self._taken(t, block)
+        for page in pages:
             if held:
                 self.books.point[page] = yield from t.pread(self.memfd, 1, page * self.page)
             else:

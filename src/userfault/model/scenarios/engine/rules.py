@@ -92,4 +92,22 @@ RULES: Final = {
         "there is room for every block that one instruction can touch",
         "straddling_load",
     ),
+    "lifts_outside_the_lock": Rule(
+        "W1",
+        "a first write sets its bit under the table's lock, and lifts the protection afterwards",
+        "both happen while the table is locked",
+        "first_write_and_flush",
+    ),
+    "protects_before_taking": Rule(
+        "W2",
+        "a write-back protects the pages, then takes their dirty bits",
+        "the bits are taken first, then the pages are protected, then they are read",
+        "first_write_and_flush",
+    ),
+    "mapped_is_clean": Rule(
+        "W3",
+        "without CONTINUE_MODE_WP a page is mapped, then protected, and stays as clean as it was",
+        "once it is protected it is compared with what it held; if it differs it is dirty",
+        "mapped_writable",
+    ),
 }

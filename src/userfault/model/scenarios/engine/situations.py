@@ -24,6 +24,7 @@ from userfault.model.explorer import (
 from userfault.model.layout import HUGE_PAGE
 from userfault.model.scenarios.engine.block import State
 from userfault.model.scenarios.engine.protocol import CHECKPOINT, STORE, Books, Engine
+from userfault.model.scenarios.engine.synchronous import Synchronous
 from userfault.model.step import Op
 from userfault.model.system_calls import SystemCalls
 
@@ -292,6 +293,51 @@ def everything(wrong: Wrong) -> World:
     )
 
 
+def first_write_and_flush(wrong: Wrong) -> World:
+    """The first writes to a page are messages; the block is flushed meanwhile, and flushed again."""
+    e = Synchronous(wrong)
+    e.begin_resident(0)
+
+    def writer(t: SystemCalls) -> Op[None]:
+        yield from e.program_stores(t, 0, b"1")
+        yield from e.program_stores(t, 0, b"2")
+
+    def flusher(t: SystemCalls) -> Op[None]:
+        yield from e.flush(t, 0)
+
+    return _run(e, writer=writer, flusher=flusher)
+
+
+def first_write_and_evict(wrong: Wrong) -> World:
+    """The first write to a page is a message, and its block leaves memory meanwhile."""
+    e = Synchronous(wrong)
+    e.begin_resident(0)
+
+    def writer(t: SystemCalls) -> Op[None]:
+        yield from e.program_stores(t, 0, b"1")
+        yield from e.program_stores(t, 0, b"2")
+
+    def evictor(t: SystemCalls) -> Op[None]:
+        yield from e.evict(t, 0)
+        yield from e.give_back(t, 0)
+
+    return _run(e, writer=writer, evictor=evictor)
+
+
+def mapped_writable(wrong: Wrong) -> World:
+    """A reader brings a resting block back, which is mapped writable for a moment, and a writer uses it."""
+    e = Synchronous(wrong)
+    e.begin_resting(0)
+
+    def reader(t: SystemCalls) -> Op[None]:
+        yield from e.program_loads(t, 0)
+
+    def writer(t: SystemCalls) -> Op[None]:
+        yield from e.program_stores(t, 0, b"1")
+
+    return _run(e, reader=reader, writer=writer)
+
+
 _NO_END: Final[tuple[Invariant, ...]] = (reads_are_right, nobody_dies, nobody_hangs, nobody_spins)
 
 SITUATIONS: Final[dict[str, tuple[Callable[[Wrong], World], tuple[Invariant, ...]]]] = {
@@ -303,6 +349,9 @@ SITUATIONS: Final[dict[str, tuple[Callable[[Wrong], World], tuple[Invariant, ...
     "pwrite_and_flush": (pwrite_and_flush, _KEEPS),
     "store_fails_once": (store_fails_once, _KEEPS),
     "everything": (everything, _KEEPS),
+    "first_write_and_flush": (first_write_and_flush, _KEEPS),
+    "first_write_and_evict": (first_write_and_evict, _KEEPS),
+    "mapped_writable": (mapped_writable, _KEEPS),
     "view_fill": (view_fill, _NO_END),
     "two_readers": (two_readers, (nothing_is_dirty_for_nothing, *_NO_END)),
     "poisoned_neighbour": (poisoned_neighbour, (poison_holds, reads_are_right, nobody_hangs, nobody_spins)),

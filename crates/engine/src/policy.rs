@@ -18,8 +18,9 @@
 //! A block that comes back too late begins as New. Each rank is a queue, first in, first out. Who gives next:
 //!
 //! 1. Resting blocks, when they have more than a tenth of the limit.
-//! 2. New or Known blocks that have stood there for a whole turn of the memory, without a sign: a queue within
-//!    its share would keep them for good. Not while Proven blocks do worse than Known ones.
+//! 2. The oldest New or Known block that has stood there for a whole turn of the memory without a sign: a queue
+//!    within its share would keep it for good. While Proven blocks do worse than Known ones, the oldest of all,
+//!    after half a turn more: nothing has been learned, and first in, first out is not bad then.
 //! 3. New, when they have more than a twentieth; Known, when they have more than their share; else Proven.
 //!
 //! The share of the Known is learned: of the blocks of either rank that rest, some are touched again before they
@@ -253,18 +254,20 @@ impl Policy {
         if !stuck && (self.resting.bytes > limit / RESTING_SHARE || self.mapped() == 0) {
             return (!self.resting.entries.is_empty()).then_some(Queue::Resting);
         }
-        let turned = |line: &Line| {
-            line.entries.front().is_some_and(|entry| {
-                self.released.wrapping_sub(entry.joined) as usize > self.mapped()
-            })
+        let age = |rank: Rank| {
+            let front = self.mapped[rank as usize].entries.front();
+            front.map_or(0, |entry| self.released.wrapping_sub(entry.joined) as usize)
         };
+        let (of, turn): (&[Rank], usize) = if self.proven_are_stale() {
+            (&Rank::ALL, self.mapped() * 3 / 2)
+        } else {
+            (&[Rank::New, Rank::Known], self.mapped())
+        };
+        let oldest = of.iter().copied().max_by_key(|rank| age(*rank));
         let known_share =
             (u128::from(limit) * u128::from(self.known_share) / u128::from(WHOLE)) as u64;
-        let unproven = !self.proven_are_stale();
-        let rank = if unproven && turned(new) {
-            Rank::New
-        } else if unproven && turned(known) {
-            Rank::Known
+        let rank = if let Some(oldest) = oldest.filter(|rank| age(*rank) > turn) {
+            oldest
         } else if new.bytes > limit / NEW_SHARE && !new.entries.is_empty() {
             Rank::New
         } else if known.bytes > known_share && !known.entries.is_empty() {

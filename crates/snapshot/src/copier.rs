@@ -3,8 +3,6 @@
 use std::ops::Range;
 
 use crate::error::Error;
-use crate::job::Job;
-use crate::shared::Shared;
 use crate::source::Source;
 use crate::staging::Chunk;
 
@@ -158,24 +156,7 @@ impl<'a> Copier<'a> {
 }
 
 /// Arrays by number, and blocks of each.
-pub type Parts = Vec<(usize, Vec<Range<usize>>)>;
+pub type Parts = Vec<Piece>;
 
-/// Copies blocks and gives them to the saver. Ends early if there is no buffer any more.
-pub fn copy_parts(
-    shared: &Shared,
-    job: &Job,
-    parts: Parts,
-    next: &mut dyn FnMut() -> Option<Buffer>,
-) -> Result<(), Error> {
-    let mut full = |batch: Batch| job.push(batch);
-    let mut copier = Copier::new(&shared.sources, next, &mut full);
-    for (data, runs) in parts {
-        for run in runs {
-            if !copier.copy(data, run)? {
-                // The watcher gave it up, and has said why.
-                return Ok(());
-            }
-        }
-    }
-    copier.send()
-}
+/// An array by number, and blocks of it.
+pub type Piece = (usize, Vec<Range<usize>>);

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::checkpointer::Checkpointer;
-use crate::copier::{Buffer, Parts, copy_parts};
+use crate::copier::{Buffer, Parts, Piece};
 use crate::error::Error;
 use crate::job::{Job, JobAside};
 use crate::point::Point;
@@ -20,6 +20,9 @@ use crate::source::Way;
 
 /// From so many bytes on a second thread helps to copy. Bytes.
 const BY_TWO: usize = 1 << 20;
+
+/// What one of the two takes at a time: the cut waits for the other at most as long as this takes. Bytes.
+const PIECE: usize = 256 << 10;
 
 impl Checkpointer {
     pub(crate) fn cut(&self, step: Option<u64>, meta: String) -> Result<Arc<Point>, Error> {
@@ -92,7 +95,8 @@ impl Checkpointer {
 
     /// The cut: protects what is guarded, asks what else was written, and copies that.
     /// `hand_over` sets the saver to work: at once if staging would not hold it all, or if it can help to copy;
-    /// else at the end, for two threads that work on memory slow each other down.
+    /// else at the end, for two threads that work on memory slow each other down. Who helps takes small
+    /// pieces, so that the cut never waits for a thread that the machine does not run.
     fn copy_aside(&self, job: &Arc<Job>, hand_over: &(dyn Fn() + Sync)) -> Result<(), Error> {
         let shared = &self.shared;
         let mut total = 0;
@@ -163,24 +167,19 @@ impl Checkpointer {
             }
             chunk.map(Buffer::Chunk)
         };
-        if copied > shared.options.staging / 2 {
+        let all = copied;
+        job.share_out(pieces(parts, |data, run| shared.sources[data].len_of(run)));
+        if all > shared.options.staging / 2 {
             // It will need the saver's help to get room.
             shared.copying.store(false, Ordering::Release);
+            job.help_is_done();
             hand_over();
-            return copy_parts(shared, job, parts, &mut next);
+        } else if all >= BY_TWO {
+            hand_over();
         }
-        if copied < BY_TWO {
-            return copy_parts(shared, job, parts, &mut next);
-        }
-        let (first, second) = halves(parts, copied / 2, |data, run| {
-            shared.sources[data].len_of(run)
-        });
-        job.ask_for_help(second);
-        hand_over();
-        let copied = copy_parts(shared, job, first, &mut next);
-        let left = job.end_help()?;
-        copied?;
-        copy_parts(shared, job, left, &mut next)
+        let copied = job.copy_shares(shared, &mut next);
+        job.end_help()?;
+        copied
     }
 }
 
@@ -193,33 +192,31 @@ impl Shared {
     }
 }
 
-/// Parts cut in two after about `first` bytes.
-fn halves(
-    parts: Parts,
-    first: usize,
-    len: impl Fn(usize, Range<usize>) -> usize,
-) -> (Parts, Parts) {
-    let (mut one, mut two, mut sum) = (Parts::new(), Parts::new(), 0);
+/// Parts cut into pieces of about [`PIECE`] bytes, in order.
+fn pieces(parts: Parts, len: impl Fn(usize, Range<usize>) -> usize) -> Vec<Piece> {
+    let mut pieces = Vec::new();
     for (data, runs) in parts {
-        let (mut here, mut there) = (Vec::new(), Vec::new());
-        for run in runs {
-            let bytes = len(data, run.clone());
-            if sum + bytes <= first {
-                here.push(run);
-            } else if sum < first && run.len() > 1 {
-                let blocks = (run.len() * (first - sum) / bytes).clamp(1, run.len() - 1);
-                here.push(run.start..run.start + blocks);
-                there.push(run.start + blocks..run.end);
-            } else {
-                there.push(run);
+        let (mut piece, mut bytes) = (Vec::new(), 0);
+        for mut run in runs {
+            while !run.is_empty() {
+                let whole = len(data, run.clone());
+                let room = PIECE - bytes;
+                let blocks = (run.len() * room)
+                    .div_ceil(whole.max(1))
+                    .clamp(1, run.len());
+                let part = run.start..run.start + blocks;
+                run.start = part.end;
+                bytes += len(data, part.clone());
+                piece.push(part);
+                if bytes >= PIECE {
+                    pieces.push((data, std::mem::take(&mut piece)));
+                    bytes = 0;
+                }
             }
-            sum += bytes;
         }
-        for (half, runs) in [(&mut one, here), (&mut two, there)] {
-            if !runs.is_empty() {
-                half.push((data, runs));
-            }
+        if !piece.is_empty() {
+            pieces.push((data, piece));
         }
     }
-    (one, two)
+    pieces
 }

@@ -9,20 +9,21 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use userfault_engine::lock::{Condvar, Mutex};
 use userfault_engine::tracked::Aside;
 
-use crate::copier::{Batch, Buffer, Copier, Parts, copy_parts};
+use crate::copier::{Batch, Buffer, Copier, Piece};
 use crate::error::Error;
 use crate::point::Point;
 use crate::shared::Shared;
 use crate::staging::CHUNK;
 
-/// A part of a cut that a second thread may copy.
+/// What a cut copies, for whoever has time to copy it.
 #[derive(Default)]
-enum Help {
-    #[default]
-    None,
-    Wanted(Parts),
-    Given,
-    Done(Result<(), Error>),
+struct Shares {
+    left: VecDeque<Piece>,
+    /// The saver is copying a piece.
+    helping: bool,
+    /// The saver does not help.
+    done: bool,
+    error: Option<Error>,
 }
 
 #[derive(Default)]
@@ -55,7 +56,7 @@ pub struct Job {
     pub cut: AtomicU64,
     /// What was taken has been put back.
     put_back: AtomicBool,
-    help: Mutex<Help>,
+    shares: Mutex<Shares>,
     helped: Condvar,
 }
 
@@ -76,7 +77,7 @@ impl Job {
             failures: AtomicU64::new(0),
             cut: AtomicU64::new(0),
             put_back: AtomicBool::new(false),
-            help: Mutex::default(),
+            shares: Mutex::default(),
             helped: Condvar::new(),
         }
     }
@@ -86,42 +87,69 @@ impl Job {
         self.bell.notify_all();
     }
 
-    /// Asks the saver to copy a part of the cut, if it comes in time.
-    pub fn ask_for_help(&self, parts: Parts) {
-        *self.help.lock() = Help::Wanted(parts);
+    /// Says what the cut has to copy.
+    pub fn share_out(&self, pieces: Vec<Piece>) {
+        self.shares.lock().left = pieces.into();
     }
 
-    /// Takes the part back if nobody has begun with it; else waits until it is done, and says how it went.
-    pub fn end_help(&self) -> Result<Parts, Error> {
-        let mut help = self.help.lock();
+    /// The saver has other things to do than to help.
+    pub fn help_is_done(&self) {
+        self.shares.lock().done = true;
+    }
+
+    /// Copies pieces until there are none, and gives them to the saver. Ends early if there is no buffer.
+    pub fn copy_shares(
+        &self,
+        shared: &Shared,
+        next: &mut dyn FnMut() -> Option<Buffer>,
+    ) -> Result<(), Error> {
+        let mut full = |batch: Batch| self.push(batch);
+        let mut copier = Copier::new(&shared.sources, next, &mut full);
         loop {
-            match std::mem::take(&mut *help) {
-                Help::Wanted(parts) => return Ok(parts),
-                Help::Given => {
-                    *help = Help::Given;
-                    self.helped.wait(&mut help);
+            let Some((data, runs)) = self.shares.lock().left.pop_front() else {
+                return copier.send();
+            };
+            for run in runs {
+                match copier.copy(data, run) {
+                    Ok(true) => {}
+                    stopped => {
+                        // Given up by somebody who has said why, or failed: nobody needs the rest.
+                        self.shares.lock().left.clear();
+                        return stopped.map(|_| ());
+                    }
                 }
-                Help::Done(result) => return result.map(|()| Parts::new()),
-                Help::None => return Ok(Parts::new()),
             }
         }
     }
 
-    /// Does the part that was asked for, on the saver's thread.
+    /// Waits until the saver has done with its piece, and says how that went.
+    pub fn end_help(&self) -> Result<(), Error> {
+        let mut shares = self.shares.lock();
+        shares.done = true;
+        while shares.helping {
+            self.helped.wait(&mut shares);
+        }
+        shares.error.take().map_or(Ok(()), Err)
+    }
+
+    /// Copies pieces of a cut that is going on, on the saver's thread.
     pub fn give_help(&self, shared: &Shared) {
-        let mut help = self.help.lock();
-        let Help::Wanted(parts) = std::mem::take(&mut *help) else {
-            return;
-        };
-        *help = Help::Given;
-        drop(help);
+        {
+            let mut shares = self.shares.lock();
+            if shares.done || shares.left.is_empty() {
+                return;
+            }
+            shares.helping = true;
+        }
         // The saver itself is who makes room in staging, so it does not wait for any.
         let mut next = || {
             let chunk = shared.staging.try_take();
             Some(chunk.map_or_else(|| Buffer::Own(vec![0; CHUNK]), Buffer::Chunk))
         };
-        let result = copy_parts(shared, self, parts, &mut next);
-        *self.help.lock() = Help::Done(result);
+        let result = self.copy_shares(shared, &mut next);
+        let mut shares = self.shares.lock();
+        shares.helping = false;
+        shares.error = result.err();
         self.helped.notify_all();
     }
 

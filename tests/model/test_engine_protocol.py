@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from model.timing import timed
 from userfault.model import Pct, explore
 from userfault.model.scenarios import engine
 from userfault.model.scenarios.engine.block import CLAIMS, Answer, Fault, Purpose, State, answer
@@ -22,9 +23,9 @@ def test_every_hazard_has_a_wrong_rule() -> None:
 
 @pytest.mark.parametrize("name", engine.RULES)
 def test_a_wrong_rule_is_found(name: str) -> None:
-    result = explore(engine.scenario(engine.RULES[name].situation, (name,)))
+    result, seconds = timed(engine.scenario(engine.RULES[name].situation, (name,)))
     assert result.found is not None
-    assert result.seconds < 30
+    assert seconds < 30
 
 
 @pytest.mark.parametrize("situation", QUICK)

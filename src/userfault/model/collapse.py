@@ -1,9 +1,8 @@
 """MADV_COLLAPSE (6.1): make small pages into a huge one, where userfaultfd allows [H5].
 
 anonymous    a hole in a registered VMA EBUSY; a uffd-wp page or marker EINVAL
-shmem        collapses in the cache; a hole under MISSING EBUSY, any W registration EINVAL, both only after
-the
-             range was unmapped, so a MINOR registration faults again
+shmem        collapses in the cache; a hole under MISSING EBUSY, any W registration EINVAL, both only
+             after the range was unmapped, so a MINOR registration faults again
 """
 
 from __future__ import annotations

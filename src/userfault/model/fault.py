@@ -3,17 +3,21 @@
 `resolve` is one step under the page-table lock. Either the kernel can finish the fault alone (and does), or
 it says who must be asked. It ports handle_mm_fault and what hangs below it:
 
-    entry              read                                 write
+    entry              a read                               a write
     poison             POISON                               POISON
     guard              SIGSEGV                              SIGSEGV
-    none, wp marker    ask MINOR if cached and registered so, else ask MISSING if not cached and registered
-    so,
-                       else fill it: zero page, zeroed page or the cached page; a wp marker becomes the page's
-                       uffd-wp bit
+    none, wp marker    cached, registered MINOR: ask MINOR
+                       not cached, registered MISSING: ask MISSING
+                       else the kernel fills it (zero page, zeroed page, the cached page), and a wp marker
+                       becomes the page's uffd-wp bit; a write goes on as for present
     swap               bring it in, then as present         bring it in, then as present
-    present            done                                 uffd-wp set and W registered: ask WP
-                                                            (WP_ASYNC: clear the bit, go on);
-                                                            else make it writable, copying it if it is shared
+    present            done                                 uffd-wp set and registered W: ask WP
+                                                            (WP_ASYNC: clear the bit and go on)
+                                                            else make it writable, or copy it if it is shared
+
+In private memory a swapped page is a `swap` entry, and counts as present. Shmem swaps in the page cache: the
+entry is none (or, if it was protected, a wp marker) and the page counts as cached. So a write to a protected
+page of shared shmem that was swapped out asks WP under MISSING|WP, and MINOR first if that is registered too.
 
 Asking is the business of `handle_userfault`, which puts the message in the queue and sleeps.
 """

@@ -4,8 +4,7 @@
     2. the argument                EFAULT if unreadable, EINVAL for range or mode; the field stays untouched
     3. the address space is gone   ESRCH, untouched [D1]
     4. the destination             the whole range in one registered VMA, else ENOENT [F2]; EINVAL for what
-    the
-                                   VMA cannot do
+                                   the VMA cannot do
     5. page by page                stops at the first refusal: its errno if it is the first page, else EAGAIN
                                    with the bytes done [F6]
     6. wake                        the waiters inside the bytes done, unless DONTWAKE; a failure wakes nobody

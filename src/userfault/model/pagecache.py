@@ -4,8 +4,9 @@ A file is named by its kind, because userfaultfd's rules are:
 
     shmem       may be registered with all modes; a page may be in swap (the cache then holds a SwapSlot)
     hugetlb     may be registered with all modes; pages of 2 MiB from a pool that can run out
-    sysv        System V shared memory: shmem behind other operations, so not registrable (vma_is_shmem is
-    false) ordinary    a file on disk, secretmem and the like: only WP_ASYNC tracking
+    sysv        System V shared memory: shmem behind other operations, so not registrable (vma_is_shmem
+                says no)
+    ordinary    a file on disk, secretmem and the like: only WP_ASYNC tracking
 """
 
 from __future__ import annotations

@@ -1,18 +1,16 @@
 """Page tables: what an address maps to, as three levels that can be shared, huge, or absent.
 
-    PageTable  --PUD index (1 GiB)-->  PmdTable  --PMD index (2 MiB)-->  PteTable  --PTE index (4 KiB)-->
-    entry
-                                          |                         \\->  entry (huge page, huge marker)
-                                          `-- hugetlb mappings of one file may share it (H1)
+    PageTable --PUD index, 1 GiB--> PmdTable --PMD index, 2 MiB--> PteTable --PTE index, 4 KiB--> entry
+                                       |                     `---> entry (huge page, huge marker)
+                                       `-- hugetlb mappings of one file may share it (H1)
 
 An entry is one of
 
     None      none: nothing is known here (a key that is absent)
     Present   maps a page; `uffd_wp` is the write-protect bit of userfaultfd
     Swap      the page is in a swap slot; uffd_wp survives there
-    Marker    no page, but something to remember (pte_marker, Linux 5.19): a write-protection to be kept for
-    the
-              page that will come, a poison (6.6), or a guard (6.13)
+    Marker    no page, but something to remember (pte_marker, Linux 5.19): a write-protection to be kept
+              for the page that will come, a poison (6.6), or a guard (6.13)
 
 Entries are values: to change one, put another in its place.
 """

@@ -133,6 +133,8 @@ def _answered(seen: dict[str, Any]) -> str:
 def _entry(seen: dict[str, Any]) -> str:
     page = seen["post"][0]
     entry = str(page["pte"])
+    if entry == "none" and "SWAPPED" in page["scan"]:
+        entry = "marker:poison"  # of hugetlb: pagemap shows nothing there, PAGEMAP_SCAN does
     words = {
         "none": "not mapped",
         "marker:uffd_wp": "write-protect marker",

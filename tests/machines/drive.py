@@ -27,7 +27,7 @@ def machine(name: str) -> type[RuleBasedStateMachine]:
     way = {"fault": "inline"} if "inline" in words else {}
     if pages == "4KiB":
         return type("Machine", (base,), way)
-    huge = {**way, "pages": "2MiB", "blocks": (2 << 20, 4 << 20), "largest": (15 << 20) - 1000}
+    huge = {**way, "pages": "2MiB", "blocks": (2 << 20, 4 << 20), "largest": (11 << 20) - 1000}
     return type("Machine", (base,), huge)
 
 

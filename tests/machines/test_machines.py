@@ -43,7 +43,7 @@ def run(run_child: RunChild, name: str, *, timeout: float, seconds: float = 0) -
     kind, *words, pages = name.split("-")
     examples, steps = EXAMPLES[kind]
     if pages == "2MiB":
-        examples = max(3, examples // 4)
+        examples = max(4, examples // 8)
     # What is hashed is read by the engine's threads alone: the touching thread would have nothing to do.
     environment = {**ENVIRONMENT, "USERFAULT_DEBUG": ""} if "inline" in words else ENVIRONMENT
     arguments = (name, str(examples), str(steps), str(seconds))

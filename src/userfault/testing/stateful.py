@@ -34,8 +34,10 @@ a process of its own, with a time limit.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import io
+import mmap
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -52,6 +54,9 @@ from userfault.testing.expectation import Expectation
 from userfault.testing.faulty_store import Fault, FaultyStore, delay, fail, shorten
 
 __all__ = ["RegionStateMachine"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _PLACES = st.integers(0, (1 << 32) - 1)
 _LENGTHS = st.sampled_from([1, 8, 511, 4095, 4096, 4097, 20_000, 70_000, 1 << 32])
@@ -387,6 +392,41 @@ class RegionStateMachine(RuleBasedStateMachine):
         self.told_lately = self.told_lately and not whole
         expected.check_flushed(self.stored(), offset, length)
 
+    @precondition(
+        lambda self: self.region is not None and self.region.mode == "r+" and self.region.store is self.store
+    )
+    @rule(place=_PLACES, number=_ERRNO, what=st.sampled_from(["write", "sync"]))
+    def refuse(self, place: int, number: int, what: Literal["write", "sync"]) -> None:
+        """The store takes nothing any more, until it does again: every flush says so, and nothing is lost."""
+        region, expected = self._open()
+        offset, length = self._range(place, 8)
+        # What is written must fit into memory beside what cannot leave it: one block.
+        self._write_by_call(offset, bytes(length), "pwrite")
+        self.store.plan = [fail(what, errno=number)]
+        for _ in range(2):
+            try:
+                region.flush()
+            except StoreError as error:
+                told = error
+                self._raised()
+            else:
+                raise AssertionError("a store that takes nothing was flushed")
+            assert told.errno == number, told
+            expected.check_shown(offset, region.pread(length, offset))
+            expected.check_stored(self.stored())
+        self.store.plan = ()
+
+    @precondition(lambda self: self.region is not None and self.region.mode != "r")
+    @rule(place=_PLACES, length=_LENGTHS)
+    def unmap(self, place: int, length: int) -> None:
+        """What a program may do to its own memory: pages are unmapped, and stay in memory."""
+        region, _ = self._open()
+        offset, length = self._range(place, length)
+        page = (2 << 20) if region.pages == "2MiB hugetlb" else mmap.PAGESIZE
+        begin, end = offset // page * page, (offset + length) // page * page
+        if begin < end and _libc.madvise(region.address + begin, end - begin, mmap.MADV_DONTNEED):
+            raise OSError(ctypes.get_errno(), "madvise")
+
     @precondition(lambda self: self.region is not None)
     @rule(place=_PLACES, length=_LENGTHS)
     def evict(self, place: int, length: int) -> None:
@@ -506,5 +546,7 @@ class RegionStateMachine(RuleBasedStateMachine):
     @invariant()
     def a_reader_writes_nothing(self) -> None:
         """What a region may not write stays as it was."""
-        if self.region is not None and self.region.mode != "r+":
+        region = self.region
+        # Large stores are looked at by the rules alone.
+        if region is not None and region.mode in ("r", "c") and len(self.store) <= 1 << 20:
             self.expected.check_stored(self.stored())

@@ -39,6 +39,9 @@ const MOST_FILLS: usize = 32;
 /// one go. Larger ones are worth a read of their own.
 const FETCHED_BELOW: usize = 128 << 10;
 
+/// Bytes that are pushed in one go.
+const PUSHED: u64 = 4 << 20;
+
 /// The least time that a call of a store is given, however late it begins.
 const LAST_TRY: Duration = Duration::from_millis(100);
 
@@ -117,6 +120,7 @@ impl Engine {
             Task::Touch(touch) => self.answer(&touch, lead),
             Task::Fill(filling) => self.fill(filling, lead),
             Task::Ahead(body, window) => self.bring_in_ahead(&body, window, lead),
+            Task::Push(body, from) => self.push(body, from, lead),
         }
     }
 
@@ -614,6 +618,21 @@ impl Engine {
                 count: (window.count + 1 - half as u32) / 2,
             };
             self.workers.submit(self, Task::Ahead(body.clone(), part));
+        }
+    }
+
+    /// Brings in a window of what is absent from a block on, and goes on behind whatever else is to be done.
+    fn push(&'static self, body: Arc<Body>, from: u32, lead: &mut Lead) {
+        let count = (PUSHED / body.block as u64).max(1) as u32;
+        let window = Window {
+            first: i64::from(from),
+            step: 1,
+            count,
+        };
+        self.bring_in_ahead(&body, window, lead);
+        let next = from.saturating_add(count);
+        if next < body.all_blocks() && !body.lock().closed {
+            self.workers.submit(self, Task::Push(body, next));
         }
     }
 

@@ -103,6 +103,8 @@ pub(crate) enum Task {
     Fill(Filling),
     /// Bring in what a walk will touch next.
     Ahead(Arc<Body>, Window),
+    /// Bring in everything from a block on, a window at a time.
+    Push(Arc<Body>, u32),
 }
 
 #[derive(Default)]

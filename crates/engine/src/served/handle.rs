@@ -14,7 +14,6 @@ use crate::block::State;
 use crate::dirty::DirtyMap;
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::readahead::Window;
 use crate::stats::{Stats, percentiles};
 use crate::table::BlockError;
 use crate::workers::Task;
@@ -216,12 +215,7 @@ impl Served {
     pub fn prefetch(&self) -> Result<(), Error> {
         let engine = self.engine()?;
         for body in self.each(|_, _, piece| piece.body.clone()) {
-            let window = Window {
-                first: 0,
-                step: 1,
-                count: body.all_blocks(),
-            };
-            engine.workers.submit(engine, Task::Ahead(body, window));
+            engine.workers.submit(engine, Task::Push(body, 0));
         }
         Ok(())
     }

@@ -188,7 +188,9 @@ impl Process {
         };
         let read = Instant::now();
         for message in messages {
-            if let Some(touch) = Touch::from_message(&message, self.id, read) {
+            if let Some(mut touch) = Touch::from_message(&message, self.id, read) {
+                // Without THREAD_ID all threads look like one, but somebody does sleep on it.
+                touch.thread = touch.thread.max(1);
                 touches.push_back(touch);
             } else {
                 if self.rested.swap(false, Ordering::Relaxed)

@@ -8,7 +8,6 @@ from tools.model_pages import DOCS, EVERYTHING, bound, pages
 from userfault.model import explore
 from userfault.model.scenarios import engine
 
-
 # Every situation is explored anew: a minute on an idle machine.
 pytestmark = pytest.mark.time_limit(400)
 

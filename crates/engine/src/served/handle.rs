@@ -5,15 +5,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::lock::Mutex;
-use userfault_uffd::abi::UFFDIO_WRITEPROTECT_MODE_WP;
 
 use super::layout::Layout;
 use super::process::{Family, Piece, Process};
-use super::resolve::{Put, poison_run};
+use super::resolve::{Pages, Put, poison_run};
 use crate::block::State;
 use crate::dirty::DirtyMap;
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::protect::protect_again;
 use crate::stats::{Stats, percentiles};
 use crate::table::BlockError;
 use crate::workers::Task;
@@ -319,32 +319,34 @@ fn runs(
 /// Takes what has been written in a process. `None`: it is gone. `Err`: an event is on its way, and what was taken
 /// until then.
 fn take_once(process: &Arc<Process>) -> Option<Result<Vec<Written>, Vec<Written>>> {
+    if !process.family.terms.track {
+        return None;
+    }
     let members = process.family.members.read();
     let member = members.get(&process.id)?;
     let mut taken = Vec::new();
     for segment in member.layout.all() {
         let piece = &segment.piece;
-        let Some(written) = &piece.written else {
-            continue;
-        };
         // Held over the call, so that a first write comes before both or after both.
-        let mut written = written.lock();
-        for run in written.runs(piece.pages(segment)) {
-            let address = piece.address(segment, run.start);
-            let len = run.len() * piece.page();
-            let mode = UFFDIO_WRITEPROTECT_MODE_WP;
-            match Put::of(process.uffd.writeprotect(address, len, mode)) {
+        let mut table = piece.body.lock();
+        let runs = table.home.runs(piece.pages(segment));
+        let pages = Pages::of(process, segment);
+        for run in runs {
+            table.home.remove(run.clone());
+            for kept in protect_again(&pages, [run.clone()]) {
+                table.mark_dirty(kept);
+            }
+            match pages.refused.get() {
                 Put::Pending => return Some(Err(taken)),
                 Put::Gone => return None,
                 _ => {}
             }
             taken.push(Written {
                 process: process.id,
-                address,
-                len,
+                address: piece.address(segment, run.start),
+                len: run.len() * piece.page(),
                 store_offset: piece.body.store_offset + (run.start * piece.page()) as u64,
             });
-            written.remove(run);
         }
     }
     Some(Ok(taken))

@@ -58,10 +58,9 @@
 //! poisons what is still owed, unless it is told that another server takes over.
 //!
 //! # Locks
-//! `Family::members`, then a body's table; `Piece::owed` and `Piece::written` are leaves, and `written` is held
-//! over UFFDIO_WRITEPROTECT, which waits for nobody. `members` is held over COPY, ZEROPAGE, CONTINUE, POISON and
-//! WAKE: they wait for the other process's memory map, and no thread holds that while it waits for an event to be
-//! read.
+//! `Family::members`, then a body's table, which with tracked writes is held over UFFDIO_WRITEPROTECT (it waits for
+//! nobody; see `protect`); `Piece::owed` is a leaf. `members` is held over COPY, ZEROPAGE, CONTINUE, POISON and WAKE:
+//! they wait for the other process's memory map, and no thread holds that while it waits for an event to be read.
 
 mod handle;
 mod layout;

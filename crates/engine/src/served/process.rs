@@ -36,8 +36,6 @@ pub(super) struct Piece {
     ///
     /// Memory that processes share is one memory, and they share this set.
     pub(super) owed: Arc<Mutex<DirtyMap>>,
-    /// The pages that may have been written since somebody last asked, if writes are tracked.
-    pub(super) written: Option<Mutex<DirtyMap>>,
     pub(super) shared: bool,
 }
 
@@ -248,9 +246,9 @@ impl Process {
                     let piece = &segment.piece;
                     let removed = piece.whole_pages(&segment);
                     piece.owed.lock().remove(removed.clone());
-                    if let Some(written) = &piece.written {
+                    if self.family.terms.track {
                         // Its pages are zeros from here on, whether they are touched or not.
-                        written.lock().insert(removed);
+                        piece.body.lock().mark_dirty(removed);
                     }
                 }
                 self.wake(start..end);
@@ -376,7 +374,12 @@ pub(super) fn piece(
     let body = Body::new(Plan {
         id: engine.next_id(),
         name: terms.name.clone(),
-        access: Access::ReadOnly,
+        // The table of what is writable knows which of its pages have been written.
+        access: if terms.track {
+            Access::ReadWrite
+        } else {
+            Access::ReadOnly
+        },
         on_error: terms.on_error,
         retry_for: terms.retry_for,
         read_turn: terms.read_turn.clone(),
@@ -396,7 +399,6 @@ pub(super) fn piece(
         item,
         body: Arc::new(body),
         owed,
-        written: terms.track.then(|| Mutex::new(DirtyMap::new(len / page))),
         shared,
     }
 }
@@ -421,9 +423,6 @@ fn inherit(engine: &Engine, child: &Arc<Process>, parent: &Arc<Piece>) -> Arc<Pi
         parent.shared,
         owed,
     );
-    if let (Some(own), Some(parents)) = (&own.written, &parent.written) {
-        *own.lock() = copy(&parents.lock());
-    }
     // Poison is inherited; what is being filled in the parent is absent here.
     let theirs = body.lock();
     let mut table = own.body.lock();
@@ -434,6 +433,9 @@ fn inherit(engine: &Engine, child: &Arc<Process>, parent: &Arc<Piece>) -> Arc<Pi
         }
     }
     table.errors = theirs.errors.clone();
+    for written in theirs.home.runs(0..theirs.home_pages()) {
+        table.mark_dirty(written);
+    }
     drop(table);
     drop(theirs);
     Arc::new(own)

@@ -4,6 +4,7 @@
 //! keeps it right for the other: the bytes are those that its layout says, looked up under the lock that
 //! reading an event takes, in the same breath as they are put in place.
 
+use std::cell::Cell;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -11,7 +12,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crate::lock::{Mutex, RwLockReadGuard};
-use userfault_uffd::abi::{UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY_MODE_WP};
+use userfault_uffd::abi::{
+    UFFDIO_CONTINUE_MODE_WP, UFFDIO_COPY_MODE_WP, UFFDIO_WRITEPROTECT_MODE_WP,
+};
 use userfault_uffd::{Fill, Filled, Outcome, fill};
 
 use super::layout::Segment;
@@ -23,6 +26,7 @@ use crate::dirty::DirtyMap;
 use crate::engine::Engine;
 use crate::fill::{Filling, Tried};
 use crate::memory::{HUGE, small_page};
+use crate::protect::{self, Protected};
 use crate::staging;
 use crate::stats::add;
 use crate::workers::{Lead, Touch};
@@ -72,7 +76,8 @@ type Members<'a> = RwLockReadGuard<'a, std::collections::BTreeMap<u32, Member>>;
 struct Delivery<'a> {
     process: &'a Process,
     owed: &'a Mutex<DirtyMap>,
-    written: Option<&'a Mutex<DirtyMap>>,
+    /// Whose table is told of pages that somebody else filled, if writes are tracked.
+    tracked: Option<&'a Body>,
     page: usize,
     first: usize,
     bytes: &'a [u8],
@@ -113,9 +118,9 @@ impl Delivery<'_> {
                 Filled::Whole { skipped } => {
                     if skipped > 0 {
                         put = Put::Unwoken;
-                        if let Some(written) = self.written {
+                        if let Some(body) = self.tracked {
                             // What somebody else put there is not what the store has.
-                            written.lock().insert(at..at + len / page);
+                            body.lock().mark_dirty(at..at + len / page);
                         }
                     }
                     self.settle(at..at + len / page);
@@ -182,14 +187,10 @@ impl Elsewhere {
         let Some(member) = members.get(&process.id) else {
             return Put::Gone;
         };
-        let piece = member
-            .pieces
-            .iter()
-            .find(|piece| std::ptr::eq(&*piece.body, body));
         let delivery = Delivery {
             process,
             owed: &self.owed,
-            written: piece.and_then(|piece| piece.written.as_ref()),
+            tracked: process.family.terms.track.then_some(body),
             page: body.memory.page(),
             first: body.pages(block).start,
             bytes,
@@ -465,7 +466,13 @@ fn look_up(process: &Process, members: &Members<'_>, touch: &Touch) -> Next {
         1,
     );
     if touch.fault == Fault::WriteProtect {
-        return Next::Put(first_write(process, piece, touch.address, offset / page));
+        return Next::Put(first_write(
+            process,
+            segment,
+            block,
+            touch.address,
+            offset / page,
+        ));
     }
     // What the page cache holds has been delivered, by whomever.
     if touch.fault == Fault::Minor {
@@ -571,19 +578,67 @@ fn copy_zeros(process: &Process, start: usize, page: usize, mode: u64) -> Put {
     })
 }
 
-/// A write to a protected page: it counts as written from here on, and goes on.
-///
-/// The set is locked until the protection is lifted: whoever takes the set and protects again (see
-/// `Served::take_written`) sees both or neither.
-fn first_write(process: &Process, piece: &Piece, address: usize, page: usize) -> Put {
-    let mut written = piece.written.as_ref().map(Mutex::lock);
-    let put = unprotect(process, address, piece.page());
-    if put == Put::Done
-        && let Some(written) = &mut written
-    {
-        written.insert(page..page + 1);
+/// A write to a protected page: it counts as written from here on, and goes on (see `protect`).
+fn first_write(
+    process: &Process,
+    segment: &Segment<Arc<Piece>>,
+    block: u32,
+    address: usize,
+    page: usize,
+) -> Put {
+    let piece = &segment.piece;
+    if !process.family.terms.track {
+        return unprotect(process, address, piece.page());
     }
-    put
+    let (here, whole) = (piece.pages(segment), piece.body.pages(block));
+    let near = here.start.max(whole.start)..here.end.min(whole.end);
+    let pages = Pages::of(process, segment);
+    let lifted = protect::first_write(&pages, &mut piece.body.lock(), page, near);
+    match pages.refused.get() {
+        Put::Done | Put::Unwoken if !lifted => {
+            wake_page(process, address, piece.page());
+            Put::Done
+        }
+        Put::Pending | Put::Gone if !lifted => pages.refused.get(),
+        _ => Put::Done,
+    }
+}
+
+/// The pages of a piece, where they lie in a process: their protection can be switched.
+pub(super) struct Pages<'a> {
+    process: &'a Process,
+    segment: &'a Segment<Arc<Piece>>,
+    /// Why the last call was refused.
+    pub(super) refused: Cell<Put>,
+}
+
+impl<'a> Pages<'a> {
+    pub(super) fn of(process: &'a Process, segment: &'a Segment<Arc<Piece>>) -> Pages<'a> {
+        Pages {
+            process,
+            segment,
+            refused: Cell::new(Put::Done),
+        }
+    }
+
+    fn switch(&self, pages: Range<usize>, mode: u64) -> bool {
+        let piece = &self.segment.piece;
+        let start = piece.address(self.segment, pages.start);
+        let len = pages.len() * piece.page();
+        let put = Put::of(self.process.uffd.writeprotect(start, len, mode));
+        self.refused.set(put);
+        put == Put::Done
+    }
+}
+
+impl Protected for Pages<'_> {
+    fn protect(&self, pages: Range<usize>) -> bool {
+        self.switch(pages, UFFDIO_WRITEPROTECT_MODE_WP)
+    }
+
+    fn lift(&self, pages: Range<usize>) -> bool {
+        self.switch(pages, 0)
+    }
 }
 
 fn unprotect(process: &Process, address: usize, page: usize) -> Put {

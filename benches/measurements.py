@@ -10,6 +10,7 @@ from benches.compare import Bar, Comparison, Contestant
 from benches.files import fresh, in_tmpfs, is_sorted, kept, on_disk, sparse
 from benches.memory import MIB
 from benches.model import TABLES
+from benches.snapshot_measurements import SNAPSHOTS
 from userfault.model.scenarios.engine import RULES, SITUATIONS
 from userfault.model.scenarios.handlers import NAMES as HANDLERS
 from userfault.model.scenarios.history import NAMES as DEFECTS
@@ -410,4 +411,5 @@ COMPARISONS: tuple[Comparison, ...] = (
     _scaling("threads"),
     _replay(),
     *_explorer(),
+    *SNAPSHOTS,
 )

@@ -1,7 +1,8 @@
 """Workloads of checkpoints: what a point costs the program, and how fast it is saved and read again.
 
-A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "numpy" (numpy.save), or
-"userfault:PAGES[,off]" for tracked memory, with the drain or without.
+A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "numpy:4KiB" (numpy.save),
+"userfault:PAGES[,off]" for tracked memory, with the drain or without, or "foreign:2MiB[,copy]" for memory
+that somebody else has made, tracked or copied.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RATE = 10_000
 def _writer() -> ctypes.CDLL:
     lib = library("writer")
     lib.private_memory.restype = lib.start_writer.restype = ctypes.c_void_p
-    lib.timed_fork.restype = lib.rewrite.restype = ctypes.c_double
+    lib.timed_fork.restype = lib.rewrite.restype = lib.scatter.restype = ctypes.c_double
     lib.stop_writer.restype = lib.written.restype = ctypes.c_uint64
     return lib
 
@@ -42,7 +43,7 @@ def _writer() -> ctypes.CDLL:
 class Subject:
     """Memory of a kind, and taking a point of it."""
 
-    def __init__(self, memory: str, length: int, staging: str = "256MiB") -> None:
+    def __init__(self, memory: str, length: int, staging: str = "256MiB", filled: int = 0) -> None:
         self.lib = _writer()
         self.length = length
         self.way, _, rest = memory.partition(":")
@@ -55,7 +56,7 @@ class Subject:
             userfault.set_memory_limit(length * 2)
             self.array = userfault.zeros(length, np.uint8, track=True, pages=pages)
             self.address = self.array.ctypes.data
-            self.lib.fill_words(ctypes.c_void_p(self.address), ctypes.c_uint64(length), ctypes.c_uint64(1))
+            self.fill(filled or length)
             self.checkpointer = userfault.Checkpointer(
                 self.folder,
                 {"array": self.array},
@@ -67,9 +68,24 @@ class Subject:
         else:
             huge = int(self.pages == "2MiB")
             self.address = self.lib.private_memory(ctypes.c_uint64(length), huge)
-            self.lib.fill_words(ctypes.c_void_p(self.address), ctypes.c_uint64(length), ctypes.c_uint64(1))
+            self.fill(length)
             memory_of = (ctypes.c_uint8 * length).from_address(self.address)
             self.array = np.frombuffer(memoryview(memory_of).cast("B"), np.uint8)
+            if self.way == "foreign":
+                copied = ["array"] if drain == "copy" else []
+                self.checkpointer = userfault.Checkpointer(
+                    self.folder,
+                    {"array": self.array},
+                    always_copy=copied,
+                    drain="off",
+                    durable=False,
+                    max_to_keep=1,
+                )
+
+    def fill(self, length: int) -> None:
+        """Words that are all different, in the middle of the memory."""
+        start = self.address + (self.length - length) // 2
+        self.lib.fill_words(ctypes.c_void_p(start), ctypes.c_uint64(length), ctypes.c_uint64(1))
 
     def dirty(self, count: int, seed: int) -> None:
         """Writes to so many pages."""
@@ -212,36 +228,93 @@ def incremental(options: argparse.Namespace) -> Facts:
         return {"value": statistics.median(times)}
 
 
-def restoring(options: argparse.Namespace) -> Facts:
-    """Milliseconds to the first element of a point in a warm page cache; facts: the eager restore in GB/s."""
+def foreign(options: argparse.Namespace) -> Facts:
+    """Million random writes a second to memory of which a point was taken."""
     with subject(options) as memory:
+        base, length = ctypes.c_void_p(memory.address), ctypes.c_uint64(options.length)
+        facts: Facts = {}
+        memory.lib.scatter(base, length, ctypes.c_double(0.5))
+        if memory.checkpointer:
+            stalls = []
+            for _ in range(3):
+                memory.lib.scatter(base, length, ctypes.c_double(0.3))
+                stalls.append(memory.point()[0] * 1e3)
+            facts = {"stall_ms": statistics.median(stalls)}
+        speed = statistics.median(memory.lib.scatter(base, length, ctypes.c_double(1.0)) for _ in range(3))
+        return {"value": speed / 1e6, **facts}
+
+
+def _readinto(memory: Subject) -> float:
+    """Seconds that readinto() takes for all of it, from a warm page cache into memory that is there."""
+    path = memory.folder / "array.npy"
+    np.save(path, memory.array)
+    into = np.empty(memory.length, np.uint8)
+    into[::PAGE] = 1
+    for _ in range(2):
+        begin = time.perf_counter()
+        with path.open("rb", buffering=0) as file:
+            file.seek(128)
+            done = 0
+            while done < memory.length:
+                done += file.readinto(into.data[done:])
+        took = time.perf_counter() - begin
+    return took
+
+
+def restoring(options: argparse.Namespace) -> Facts:
+    """Milliseconds to an element of a point in a warm page cache; `--limit` bytes of it are no zeros."""
+    memory = Subject(options.memory, options.length, filled=options.limit)
+    with contextlib.closing(memory):
         if memory.checkpointer is None:
-            path = memory.folder / "array.npy"
-            np.save(path, memory.array)
-            into = np.empty(options.length, np.uint8)
-            into[::PAGE] = 1
-            path.open("rb").readinto(into.data)
-            begin = time.perf_counter()
-            with path.open("rb") as file:
-                file.seek(128)
-                file.readinto(into.data)
-            took = time.perf_counter() - begin
-            return {"value": took * 1e3, "GB_s": options.length / took / 1e9}
+            return {"value": _readinto(memory) * 1e3}
         memory.point()
+        expected = int(memory.array[options.length // 2])
         times = []
         for _ in range(5):
             begin = time.perf_counter()
             with userfault.restore(memory.folder, mode="r") as state:
                 element = int(state["array"][options.length // 2])
-            times.append(time.perf_counter() - begin)
-            assert element == int(memory.array[options.length // 2])
+                times.append(time.perf_counter() - begin)
+            assert element == expected
+        return {"value": statistics.median(times) * 1e3}
+
+
+def eager(options: argparse.Namespace) -> Facts:
+    """GB/s of all of a point into memory that is there, in a warm page cache."""
+    with subject(options) as memory:
+        if memory.checkpointer is None:
+            return {"value": options.length / _readinto(memory) / 1e9}
+        memory.point()
         into = np.empty(options.length, np.uint8)
         into[::PAGE] = 1
-        userfault.restore(memory.folder, into={"array": into})
-        begin = time.perf_counter()
-        userfault.restore(memory.folder, into={"array": into})
-        took = time.perf_counter() - begin
-        return {"value": statistics.median(times) * 1e3, "GB_s": options.length / took / 1e9}
+        for _ in range(2):
+            begin = time.perf_counter()
+            userfault.restore(memory.folder, into={"array": into})
+            took = time.perf_counter() - begin
+        assert into[12345] == memory.array[12345]
+        return {"value": options.length / took / 1e9}
+
+
+def extra(options: argparse.Namespace) -> Facts:
+    """MiB of extra memory when everything is rewritten while a point is saved; `--limit` bytes of staging."""
+    memory = Subject(options.memory, options.length, staging=str(options.limit or "256MiB"))
+    with contextlib.closing(memory):
+        base, length = ctypes.c_void_p(memory.address), ctypes.c_uint64(options.length)
+        if memory.checkpointer:
+            memory.point()
+            memory.lib.rewrite(base, length, ctypes.c_double(0.2))
+            point = memory.checkpointer.save()
+            memory.lib.rewrite(base, length, ctypes.c_double(0.5))
+            point.result()
+            return {"value": point.extra_bytes / (1 << 20)}
+        child = ctypes.c_int()
+        memory.lib.timed_fork(ctypes.byref(child), 60_000_000)
+        memory.lib.rewrite(base, length, ctypes.c_double(0.5))
+        lines = Path(f"/proc/{child.value}/smaps_rollup").read_text().splitlines()
+        os.kill(child.value, 9)
+        os.waitpid(child.value, 0)
+        private = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+        return {"value": private / 1024}
 
 
 WORKLOADS = {
@@ -252,4 +325,7 @@ WORKLOADS = {
     "snapshot-full": full_save,
     "snapshot-incremental": incremental,
     "snapshot-restoring": restoring,
+    "snapshot-eager": eager,
+    "snapshot-extra": extra,
+    "snapshot-foreign": foreign,
 }

@@ -122,6 +122,17 @@ uint64_t stop_writer(void *writer) {
     return count;
 }
 
+// Writes 8 bytes at random until the time is over; returns writes a second.
+double scatter(void *base, uint64_t length, double seconds) {
+    uint64_t begin = now_ns(), until = begin + (uint64_t)(seconds * 1e9), count = 0, state = 7777777;
+    volatile uint64_t *words = base;
+    while (now_ns() < until) {
+        for (int i = 0; i < 10000; i++) words[next(&state) % (length / 8)] = state;
+        count += 10000;
+    }
+    return (double)count / ((double)(now_ns() - begin) / 1e9);
+}
+
 // Rewrites all words until the time is over; returns bytes a second.
 double rewrite(void *base, uint64_t length, double seconds) {
     uint64_t begin = now_ns(), until = begin + (uint64_t)(seconds * 1e9), bytes = 0;

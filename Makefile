@@ -39,7 +39,7 @@ help: ## what can be made
 	$(BIN)/python -m pip install -q -r .venv/requirements-docs.txt
 	@touch $@
 
-tour: .venv/.ext ## watch NumPy work on a file larger than the memory it may use
+tour: .venv/.ext ## watch NumPy work on a file larger than memory, and points of changing memory
 	$(BIN)/python -m userfault tour $(TOUR)
 
 # The Python crate has no tests in Rust: what it does is tested from Python. Leaving it out also spares a

@@ -50,6 +50,24 @@ FOUND: Final = {
         "MADV_FREE of a part of the huge zero page, or of a huge page that a fork shares, does nothing",
         Program("thp", 1, 0, [("fork",), ("child", ("load", 0, 0)), ("child", ("free", 0, 1))]),
     ),
+    "mappings whose pages came apart stay apart": (
+        "neighbours that are alike do not merge if each had private pages before (anon_vma); so a COPY over "
+        "both is ENOENT",
+        Program(
+            "anon",
+            0,
+            0,
+            [
+                ("protect", 1, 1, 1),
+                ("store", 0, 0, 1),
+                ("store", 0, 2, 1),
+                ("protect", 1, 1, 3),
+                ("dontneed", 0, 4),
+                ("register", 0, 4, 1),
+                ("copy", 0, 4, 9, 0),
+            ],
+        ),
+    ),
 }
 
 ODDITIES: Final = {

@@ -108,7 +108,8 @@ def _missing_page(mm: AddressSpace, vma: Vma, address: int, write: bool, marker:
 def _anonymous_page(mm: AddressSpace, vma: Vma, address: int, write: bool, protect: bool) -> Verdict:
     """do_anonymous_page: the zero page for a read, a zeroed page for a write; MISSING asks first."""
     mm.table.pte_table_alloc(address)
-    vma.anonymous_pages |= write
+    if write:
+        mm.prepare_anonymous(vma)
     if vma.modes.missing:
         return MISSING
     if not write:
@@ -124,7 +125,7 @@ def fill_anonymous(mm: AddressSpace, vma: Vma, start: int, end: int, content: Co
     at `end`, or at the first entry that a write would have to ask or copy for. Within one last-level
     table."""
     entries = mm.table.pte_table_alloc(start).entries
-    vma.anonymous_pages = True
+    mm.prepare_anonymous(vma)
     for at in range(start, end, PAGE):
         key = (at // PAGE) & 511
         entry = entries.get(key)
@@ -154,7 +155,8 @@ def _file_page(mm: AddressSpace, vma: Vma, address: int, write: bool, protect: b
     if vma.beyond_end_of_file(address):
         return Verdict.SIGBUS
     index = vma.index(address)
-    vma.anonymous_pages |= write and not vma.shared
+    if write and not vma.shared:
+        mm.prepare_anonymous(vma)
     if file.cached(index):
         if vma.modes.minor:
             if "minor_leak" in mm.kernel.defects:  # history.md 7: the looked-up page was not given back
@@ -228,7 +230,7 @@ def _write_protected(mm: AddressSpace, vma: Vma, address: int, entry: Present) -
         page.exclusive = page.anonymous
         mm.table.set_pte(address, entry._replace(write=True))
         return DONE
-    vma.anonymous_pages = True
+    mm.prepare_anonymous(vma)
     content = (
         page.content if page.size == PAGE else page.content.part(address // PAGE * PAGE % page.size, PAGE)
     )

@@ -122,7 +122,7 @@ def fill_range(thread: Thread, ctx: Context, filler: Filler, args: Fill) -> Op[i
             mm.mmap_lock.unread()
             return done or -ENOENT
         if not vma.shared:
-            vma.anonymous_pages = True  # anon_vma_prepare, whatever the fill then does
+            mm.prepare_anonymous(vma)  # anon_vma_prepare, whatever the fill then does
         yield from ctx.map_changing_lock.read(filler.name)  # 6.8; before, mmap_lock did both
         error = _cannot_fill(ctx, filler, vma, args)
         unread_source = False
@@ -268,7 +268,7 @@ def install(mm: AddressSpace, vma: Vma, at: int, page: Page, protect: bool) -> i
     writable = vma.write and (vma.shared or page.file is None)
     mm.table.set_pte(at, Present(page, write=writable and not protect, uffd_wp=protect))
     if page.file is None:
-        vma.anonymous_pages = True
+        mm.prepare_anonymous(vma)
     return 0
 
 
@@ -280,7 +280,7 @@ def install_huge(mm: AddressSpace, vma: Vma, at: int, page: Page, protect: bool)
     writable = vma.write and (vma.shared or page.file is None)
     mm.table.set_pmd(at, Present(page, write=writable and not protect, uffd_wp=protect))
     if page.file is None:
-        vma.anonymous_pages = True
+        mm.prepare_anonymous(vma)
     return 0
 
 

@@ -22,7 +22,7 @@ from userfault.model.mm import AddressSpace
 from userfault.model.pagetable import GUARD_MARKER, POISON_MARKER, Entry, Marker, Present, PteTable, Swap
 from userfault.model.process import Process
 from userfault.model.step import Op
-from userfault.model.vma import NO_MODES, Vma
+from userfault.model.vma import NO_MODES, AnonVma, Vma
 
 if TYPE_CHECKING:
     from userfault.model.thread import Thread
@@ -69,9 +69,10 @@ def _copy_vma(
             yield from events.begin(ctx, "FORK")
             contexts.append((ctx, known))
         copy.uffd, copy.modes = known, vma.modes
+    copy.anon_vma = None if vma.anon_vma is None else AnonVma(inherited=True)  # anon_vma_fork
     child_mm.insert(copy)
     if vma.wipeonfork:
-        copy.anonymous_pages = False
+        copy.anon_vma = None
     elif copy.modes.wp or vma.anonymous_pages:
         _copy_entries(mm, child_mm, vma, copy)
 

@@ -62,7 +62,7 @@ def _no_page(mm: AddressSpace, vma: Vma, address: int, write: bool, marker: Entr
         if vma.shared:
             page = file.add(index)
         else:
-            vma.anonymous_pages = True
+            mm.prepare_anonymous(vma)
             page = new_private_page(mm)
         if page is None:
             return Verdict.SIGBUS
@@ -98,7 +98,7 @@ def _make_writable(mm: AddressSpace, vma: Vma, address: int, entry: Present) -> 
     if copy is None:
         return Verdict.SIGBUS
     copy.content = page.content
-    vma.anonymous_pages = True
+    mm.prepare_anonymous(vma)
     mm.table.set_pmd(address, Present(copy, write=True))
     return DONE
 

@@ -215,7 +215,7 @@ def _guard_install(thread: Thread, mm: AddressSpace, vma: Vma, start: int, end: 
     marker of a file page behind, and then it never ends (E15)."""
     if vma.locked or vma.hugetlb or vma.special:
         _fail(mm, EINVAL)
-    vma.anonymous_pages = True
+    mm.prepare_anonymous(vma)
 
     def install() -> bool:
         for at in range(start, end, PAGE):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from userfault.model.layout import HUGE_PAGE
 from userfault.model.pagetable import PageTable
 from userfault.model.step import Lock
-from userfault.model.vma import Vma
+from userfault.model.vma import AnonVma, Vma
 
 if TYPE_CHECKING:
     from userfault.model.kernel import Kernel
@@ -79,10 +79,25 @@ class AddressSpace:
             left, right = vmas[i], vmas[i + 1]
             if left.end == right.start and start <= left.end <= end and left.mergeable_with(right):
                 left.end = right.end
-                left.anonymous_pages |= right.anonymous_pages
+                left.anon_vma = left.anon_vma or right.anon_vma
                 del vmas[i + 1]
             else:
                 i += 1
+
+    def prepare_anonymous(self, vma: Vma) -> None:
+        """Make ready for a private page (anon_vma_prepare): a neighbour's anon_vma is used if the two could
+        once have been one VMA, the next one's before the previous one's (find_mergeable_anon_vma)."""
+        if vma.anon_vma is not None:
+            return
+        i = self.vmas.index(vma)
+        after = self.vmas[i + 1] if i + 1 < len(self.vmas) else None
+        before = self.vmas[i - 1] if i else None
+        if after is not None and vma.could_share_with(after) and _reusable(after):
+            vma.anon_vma = after.anon_vma
+        elif before is not None and before.could_share_with(vma) and _reusable(before):
+            vma.anon_vma = before.anon_vma
+        else:
+            vma.anon_vma = AnonVma()
 
     def each(self, start: int, end: int) -> Iterator[tuple[Vma, int, int]]:
         """(VMA, from, to) for each part of [start, end) that is mapped."""
@@ -91,3 +106,7 @@ class AddressSpace:
 
     def __repr__(self) -> str:
         return f"AddressSpace({self.name})"
+
+
+def _reusable(vma: Vma) -> bool:
+    return vma.anon_vma is not None and not vma.anon_vma.inherited

@@ -129,7 +129,7 @@ def _move_huge(mm: AddressSpace, dst_vma: Vma, at: int, to: int, source: Present
         return -EBUSY
     mm.table.set_pmd(at, None)
     mm.table.set_pmd(to, Present(source.page, write=dst_vma.write and not source.page.zero))
-    dst_vma.anonymous_pages = True
+    mm.prepare_anonymous(dst_vma)
     return HUGE_PAGE
 
 
@@ -156,5 +156,5 @@ def _move_small(mm: AddressSpace, dst_vma: Vma, at: int, to: int, holes: bool) -
         return -EFAULT
     mm.table.set_pte(at, None)
     mm.table.set_pte(to, moved)
-    dst_vma.anonymous_pages = True
+    mm.prepare_anonymous(dst_vma)
     return PAGE

@@ -187,7 +187,7 @@ def _move_to(calls: _Events, address: int, old: int, new: int, to: int, dontunma
     if dontunmap:
         vma.locked = False
         if whole:
-            vma.anonymous_pages = False
+            vma.anon_vma = None
     else:
         yield from calls.unmap(address, address + moved)
 

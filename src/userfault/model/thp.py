@@ -47,7 +47,7 @@ def _first_touch(mm: AddressSpace, vma: Vma, address: int, write: bool) -> Verdi
     if vma.modes.missing:
         return MISSING
     if write:
-        vma.anonymous_pages = True
+        mm.prepare_anonymous(vma)
         mm.table.set_pmd(address, Present(Page(ZERO, HUGE_PAGE, exclusive=True), write=True))
     else:
         mm.table.set_pmd(address, Present(mm.kernel.huge_zero_page, write=False))
@@ -88,7 +88,7 @@ def _write_protected(mm: AddressSpace, vma: Vma, address: int, pmd: Present) -> 
         if mm.kernel.version < (6, 13):  # the huge zero page was split, and one small page made
             split_pmd(mm, vma, address)
             return None
-        vma.anonymous_pages = True
+        mm.prepare_anonymous(vma)
         mm.table.set_pmd(address, Present(Page(ZERO, HUGE_PAGE, exclusive=True), write=True))
         return DONE
     if vma.shared or reusable(page):

@@ -31,6 +31,18 @@ class Modes:
 NO_MODES = Modes()
 
 
+class AnonVma:
+    """What VMAs share whose private pages belong together (struct anon_vma).
+
+    inherited: of a forked child, whose pages may also be the parent's.
+    """
+
+    __slots__ = ("inherited",)
+
+    def __init__(self, *, inherited: bool = False) -> None:
+        self.inherited = inherited
+
+
 @dataclass(slots=True)
 class Vma:
     """One mapping, [start, end) in bytes.
@@ -42,7 +54,8 @@ class Vma:
     offset      of `start` in the file, bytes; of anonymous memory the address where it was before its first
                 page (vm_pgoff): neighbours that do not follow each other there do not merge
     uffd        the userfaultfd context it is registered with, and `modes`
-    anonymous_pages   it has had private pages (anon_vma): fork() must copy its page table
+    anon_vma    it has had private pages: fork() must copy its page table, and it merges only with VMAs whose
+                private pages it shares this with, or that had none
     special     a mapping of the kernel's own pages (vdso, vvar)
     """
 
@@ -57,7 +70,7 @@ class Vma:
     offset: int = 0
     uffd: Context | None = None
     modes: Modes = field(default_factory=lambda: NO_MODES)
-    anonymous_pages: bool = False
+    anon_vma: AnonVma | None = None
     hugepage: bool | None = None  # MADV_HUGEPAGE / MADV_NOHUGEPAGE / never asked
     locked: bool = False
     lock_on_fault: bool = False
@@ -102,11 +115,28 @@ class Vma:
 
     def mergeable_with(self, other: Vma) -> bool:
         """`other`, which begins where this one ends, may become one VMA with it (can_vma_merge_after)."""
-        if self.special or self.file is not other.file:
+        if self.uffd is not other.uffd or not self.could_share_with(other):
+            return False
+        if (self.read, self.write, self.execute) != (other.read, other.write, other.execute):
+            return False
+        mine, theirs = self.anon_vma, other.anon_vma
+        if mine is theirs:
+            return True
+        one = mine or theirs
+        return (mine is None or theirs is None) and one is not None and not one.inherited
+
+    def could_share_with(self, other: Vma) -> bool:
+        """`other`, which begins where this one ends, may have the same anon_vma (anon_vma_compatible)."""
+        if self.special or self.end != other.start or self.file is not other.file:
             return False
         if self.offset + (self.end - self.start) != other.offset:
             return False
-        return _properties(self) == _properties(other) and self.uffd is other.uffd
+        return _properties(self) == _properties(other)
+
+    @property
+    def anonymous_pages(self) -> bool:
+        """It has, or has had, private pages."""
+        return self.anon_vma is not None
 
     def piece(self, start: int, end: int) -> Vma:
         """A VMA like this one for a part of it."""
@@ -115,10 +145,8 @@ class Vma:
 
 def _properties(vma: Vma) -> tuple[object, ...]:
     modes = vma.modes
+    """Flags of a VMA, without those that mprotect changes."""
     return (
-        vma.read,
-        vma.write,
-        vma.execute,
         vma.shared,
         vma.may_write,
         vma.hugepage,

@@ -48,7 +48,7 @@ from userfault.model.step import Op, Sleep
 from userfault.model.system_calls import SystemCalls
 from userfault.model.thread import Deadlock, Thread
 from userfault.model.userfaultfd import Userfaultfd
-from userfault.model.vma import Vma
+from userfault.model.vma import AnonVma, Vma
 
 T = TypeVar("T")
 
@@ -385,7 +385,7 @@ class _RehearsedUserfaultfd(Userfaultfd):
         end = start + max(round_up(len(data), PAGE), PAGE)
         vma = mm.find(start)
         if vma is None:
-            mm.insert(Vma(start, end, anonymous_pages=True))
+            mm.insert(Vma(start, end, anon_vma=AnonVma()))
         elif vma.end < end:
             vma.end = end
         for at in range(0, len(data), PAGE):

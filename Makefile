@@ -18,7 +18,7 @@ KERNELS ?=
 
 .PHONY: help tour test older kernels bench lint docs soak clean
 help: ## what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
 
 # Two stamps. .deps: the Python packages that pyproject.toml names. .ext: the compiled part. They are two so
 # that a change in Rust rebuilds the extension and nothing else, and a fresh clone builds it once.
@@ -54,6 +54,8 @@ test: .venv/.ext ## run every test, Rust's and then Python's
 # The parts of paging that do the work of a missing feature.
 OLDER_RUST := $(addprefix --test ,dirty_evidence lost_writes store_errors)
 OLDER_PYTHON := $(addprefix tests/face/test_,open.py private.py io_errors.py system_calls.py)
+# Messages in place of the kernel's own notes take time: so do the tests' limits.
+older: export USERFAULT_TIME_SCALE ?= 2
 older: .venv/.ext ## the tests of paging without what newer kernels have
 	set -e; for without in $(WITHOUT); do echo "without $$without"; export USERFAULT_WITHOUT=$$without; \
 	    cargo test --release -q -p userfault-engine $(OLDER_RUST); $(BIN)/python -m pytest -q $(OLDER_PYTHON); done

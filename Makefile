@@ -80,6 +80,7 @@ docs: .venv/.ext .venv/.docs ## build the documentation into docs/_build/html
 
 soak: .venv/.ext ## the tests that want hours, with clean blocks hashed: make soak MINUTES=480
 	USERFAULT_DEBUG=hash USERFAULT_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m soak $(ARGS)
+	USERFAULT_DEBUG=hash $(MAKE) older WITHOUT='$(WITHOUT_ALL)' OLDER_RUST= OLDER_PYTHON=tests/face
 
 clean: ## remove everything that was built
 	rm -rf .venv target docs/_build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

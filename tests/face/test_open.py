@@ -121,7 +121,7 @@ def test_modes_that_create_need_a_length(tmp_path: Path, mode: str) -> None:
     ("arguments", "message"),
     [
         ({"mode": "rw"}, "one of r, r\\+, w, w-, x, a"),
-        ({"fault": "inline"}, "fault is 'magic'"),
+        ({"fault": "magic"}, "fault is 'magic'"),
         ({"readahead": "none"}, "readahead is 'none'"),
         ({"pages": "1GiB"}, "pages is '1GiB'"),
         ({"on_error": "ignore"}, "on_error is 'ignore'"),

@@ -44,12 +44,22 @@ def _fault(placement: str, where: str) -> Comparison:
         contestants=(
             Contestant("bare C handler thread", "floor", _memory("c-handler")),
             Contestant("C handler thread with pread", "floor", _memory("c-handler:file")),
-            *((Contestant("bare C signal handler", "floor", _memory("c-signal")),) if inline else ()),
+            *(
+                (
+                    Contestant("bare C signal handler", "floor", _memory("c-signal")),
+                    Contestant("C signal handler with pread", "floor", _memory("c-signal:file")),
+                )
+                if inline
+                else ()
+            ),
             Contestant("umap", "rival", _memory("umap")),
             Contestant("userfault, threads", "subject", _memory("userfault:4KiB,zero")),
             Contestant("userfault, threads, a file", "subject", _memory("userfault:4KiB")),
             *(
-                (Contestant("userfault, inline", "subject", _memory("userfault:4KiB,zero,inline")),)
+                (
+                    Contestant("userfault, inline", "subject", _memory("userfault:4KiB,zero,inline")),
+                    Contestant("userfault, inline, a file", "subject", _memory("userfault:4KiB,inline")),
+                )
                 if inline
                 else ()
             ),
@@ -58,7 +68,14 @@ def _fault(placement: str, where: str) -> Comparison:
             Bar("userfault, threads", "bare C handler thread", 1.3),
             Bar("userfault, threads", "bare C handler thread", 1.2, "goal"),
             Bar("userfault, threads, a file", "C handler thread with pread", 1.3),
-            *((Bar("userfault, inline", "bare C signal handler", 1.3, "goal"),) if inline else ()),
+            *(
+                (
+                    Bar("userfault, inline", "bare C signal handler", 1.3, "goal"),
+                    Bar("userfault, inline, a file", "C signal handler with pread", 1.3, "goal"),
+                )
+                if inline
+                else ()
+            ),
         ),
         rounds=7,
         file=partial(fresh, in_tmpfs(), length),
@@ -216,6 +233,7 @@ def _random_read(threads: int, write: bool) -> Comparison:
         ),
         bars=(
             Bar("userfault, threads", "mmap, MADV_RANDOM", 0.9, "goal"),
+            Bar("userfault, inline", "mmap, MADV_RANDOM", 0.9, "goal"),
             Bar("userfault, threads", "numpy.memmap", 100, "goal"),
             *((Bar("userfault, threads", "userfault, inline", 0.8, "goal"),) if threads == 16 else ()),
         ),

@@ -77,8 +77,10 @@ def _c_handler(
 def _c_signal(
     variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
 ) -> Iterator[Memory]:
+    """Variant "file": the handler reads each page from the file first."""
     address = ctypes.c_void_p()
-    _check(library("signal_handler").signal_handler_map(ctypes.c_size_t(length), ctypes.byref(address)))
+    fd = os.open(path, os.O_RDONLY) if variant == "file" and path else -1
+    _check(library("signal_handler").signal_handler_map(ctypes.c_size_t(length), fd, ctypes.byref(address)))
     yield Memory(address.value or 0, length)
 
 

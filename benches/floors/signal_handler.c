@@ -1,4 +1,5 @@
-/* The floor under `fault="inline"`: the touching thread brings its own page, in the handler of SIGBUS. */
+/* The floor under `fault="inline"`: the touching thread brings its own page, in the handler of SIGBUS. With a file
+ * it reads the page from there first. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -14,6 +15,8 @@
 static int uffd = -1;
 static long page;
 static void *hot;
+static char *base;
+static int file = -1;
 
 static void handler(int number, siginfo_t *info, void *context)
 {
@@ -25,14 +28,18 @@ static void handler(int number, siginfo_t *info, void *context)
         .src = (uintptr_t)hot,
         .len = page,
     };
+    if (file >= 0 && pread(file, hot, page, copy.dst - (uintptr_t)base) != page)
+        _exit(70);
     if (ioctl(uffd, UFFDIO_COPY, &copy) && errno != EEXIST)
         _exit(70);
     errno = saved;
 }
 
-/* Memory of `length` bytes, none of it present. 0 or an errno; the address goes to `*address`. */
-int signal_handler_map(size_t length, void **address)
+/* Memory of `length` bytes, none of it present. 0 or an errno; the address goes to `*address`.
+ * `fd` is the file that the pages come from, -1 for none; one thread at a time may touch then. */
+int signal_handler_map(size_t length, int fd, void **address)
 {
+    file = fd;
     page = sysconf(_SC_PAGESIZE);
     uffd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
     if (uffd < 0)
@@ -57,6 +64,7 @@ int signal_handler_map(size_t length, void **address)
     struct sigaction action = {.sa_sigaction = handler, .sa_flags = SA_SIGINFO | SA_NODEFER};
     if (sigaction(SIGBUS, &action, NULL))
         return errno;
+    base = memory;
     *address = memory;
     return 0;
 }

@@ -14,6 +14,7 @@ use crate::engine::Engine;
 use crate::error::Error;
 use crate::fill::NO_ROOM_FOR;
 use crate::policy::Queue;
+use crate::staging;
 use crate::workers::Lead;
 
 /// The largest piece that is copied at once, bytes.
@@ -53,7 +54,7 @@ pub(crate) fn read(
     into: &mut [u8],
     offset: u64,
 ) -> Result<(), Error> {
-    let mut buffer = vec![0; into.len().min(PIECE)];
+    let mut buffer = staging::lend(engine, into.len().min(PIECE));
     let mut done = 0;
     for piece in pieces(body, offset, into.len()) {
         let bytes = &mut buffer[..piece.len];
@@ -84,7 +85,7 @@ pub(crate) fn write(
     }
     let (start, len) = (offset as usize, data.len());
     let piece = PIECE.max(body.block);
-    let mut buffer = vec![0; len.min(piece)];
+    let mut buffer = staging::lend(engine, len.min(piece));
     // Cut where blocks end, so that whole blocks are overwritten whole.
     let cut = |index: usize| (index * piece).clamp(start, start + len);
     let pieces = start / piece..(start + len).div_ceil(piece);
@@ -237,7 +238,7 @@ pub(crate) fn read_from(
         return Err(Error::ReadOnly);
     }
     let piece = PIECE.max(body.block);
-    let mut buffer = vec![0; (len as usize).min(piece)];
+    let mut buffer = staging::lend(engine, (len as usize).min(piece));
     let mut done = 0;
     while done < len {
         // End at a block's end, so that whole blocks are overwritten whole.

@@ -1,24 +1,6 @@
-//! The life of a block, as pure functions of its state and an event.
+//! The life of a block, as pure functions of its state and an event. `README.md` draws it.
 //!
-//! ```text
-//!            fault            read done, mapped
-//!   Absent --------> Filling -------------------> Resident <-----------------+
-//!     ^                 | failed for good            |   ^                    |
-//!     |                 v                     evict  |   | minor fault:       |
-//!     |             Poisoning                        v   | Filling again      |
-//!     |                 |                        Evicting -----> Resting -----+
-//!     |                 v                                  zapped,    |
-//!     |              Poisoned                              in memory  | evict: write back,
-//!     |                 | heal: Filling                               v punch
-//!     +-----------------+------------------------------------- Evicting
-//!
-//!   Resident or Resting --> Cleaning (write-back)            --> as before
-//!   Absent, Resident or Resting --> Writing (pread, pwrite)  --> as before, or Resting
-//! ```
-//!
-//! Filling, Evicting, Cleaning, Writing and Poisoning are exclusive: the block has one owner, a fault
-//! on it waits (but for a first write during a write-back), and only the owner maps it and wakes it at the
-//! end. Nothing here touches memory or the kernel, so every rule can be tested, and explored, without either.
+//! Nothing here touches memory or the kernel, so every rule can be tested, and explored, without either.
 
 /// Where a block is, or what its owner is doing to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -178,6 +160,54 @@ mod tests {
     fn numbers_round_trip() {
         for state in State::ALL {
             assert_eq!(State::from_number(state as u8), state);
+        }
+    }
+
+    /// The capitalised words of the drawing.
+    fn drawn() -> Vec<&'static str> {
+        let readme = include_str!("../README.md");
+        let drawing = readme.split("```").nth(1).expect("the drawing");
+        let words = drawing.split(|letter: char| !letter.is_ascii_alphabetic());
+        let mut names: Vec<_> = words
+            .filter(|word| word.starts_with(|letter: char| letter.is_ascii_uppercase()))
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    #[test]
+    fn the_states_of_the_drawing_are_the_states_of_the_code() {
+        let names = State::ALL.map(|state| format!("{state:?}"));
+        let mut names: Vec<&str> = names.iter().map(String::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(drawn(), names);
+    }
+
+    #[test]
+    fn every_state_can_be_left_and_come_back_to() {
+        // By claims, and by what an owner may release to.
+        let released = |state| match state {
+            State::Filling => vec![State::Resident, State::Absent, State::Poisoning],
+            State::Evicting => vec![State::Resting, State::Absent],
+            State::Cleaning => vec![State::Resident, State::Resting],
+            State::Writing => vec![State::Absent, State::Resident, State::Resting],
+            State::Poisoning => vec![State::Poisoned],
+            _ => Vec::new(),
+        };
+        for start in State::ALL {
+            let mut seen = vec![start];
+            let mut next = 0;
+            while let Some(&state) = seen.get(next) {
+                next += 1;
+                let claimed = PURPOSES.iter().filter_map(|purpose| claim(state, *purpose));
+                for after in claimed.chain(released(state)) {
+                    if !seen.contains(&after) {
+                        seen.push(after);
+                    }
+                }
+            }
+            assert_eq!(seen.len(), State::ALL.len(), "from {start:?} only {seen:?}");
         }
     }
 

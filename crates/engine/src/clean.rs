@@ -41,7 +41,7 @@ pub(crate) enum Which {
 /// Cleans the blocks of `blocks`, in order. Stops at the first error; everything stays dirty that was not
 /// written.
 pub(crate) fn clean(
-    engine: &Engine,
+    engine: &'static Engine,
     body: &Body,
     blocks: Range<u32>,
     which: Which,
@@ -52,7 +52,7 @@ pub(crate) fn clean(
 /// As [`clean`], for nobody who waits: an error is kept for the next flush before anybody else can have the
 /// block that it was met with.
 pub(crate) fn clean_behind(
-    engine: &Engine,
+    engine: &'static Engine,
     body: &Body,
     blocks: Range<u32>,
     which: Which,
@@ -61,7 +61,7 @@ pub(crate) fn clean_behind(
 }
 
 fn clean_for(
-    engine: &Engine,
+    engine: &'static Engine,
     body: &Body,
     blocks: Range<u32>,
     which: Which,
@@ -141,7 +141,12 @@ fn hold(
     Ok(held)
 }
 
-fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Result<(), Error> {
+fn write_back(
+    engine: &'static Engine,
+    body: &Body,
+    held: &[Held],
+    behind: bool,
+) -> Result<(), Error> {
     let page = body.memory.page();
     let pages = body.pages(held[0].block).start..body.pages(held[held.len() - 1].block).end;
     for run in held
@@ -184,7 +189,7 @@ fn write_back(engine: &Engine, body: &Body, held: &[Held], behind: bool) -> Resu
         result = if resting {
             body.write_store(start, body.memory.resting_bytes(start, len), true)
         } else {
-            staging::with(len, |buffer| {
+            staging::with(engine, len, |buffer| {
                 body.memory.copy_held(start, buffer);
                 body.write_store(start, buffer, false)
             })
@@ -274,7 +279,7 @@ pub(crate) fn keep_error(body: &Body, result: Result<(), Error>) {
     }
 }
 
-fn flush_now(engine: &Engine, body: &Body, blocks: Range<u32>) -> Result<(), Error> {
+fn flush_now(engine: &'static Engine, body: &Body, blocks: Range<u32>) -> Result<(), Error> {
     let began = Instant::now();
     let _one = loop {
         if let Some(turn) = body.flushing.try_lock() {
@@ -330,7 +335,7 @@ fn sync(body: &Body) -> Result<(), Error> {
 const AGAIN: usize = 64 << 10;
 
 /// Reads and writes again what had left memory when a sync failed.
-fn write_again(engine: &Engine, body: &Body) -> Result<(), Error> {
+fn write_again(engine: &'static Engine, body: &Body) -> Result<(), Error> {
     let page = body.memory.page();
     let mut since = None;
     loop {
@@ -360,7 +365,7 @@ fn write_again(engine: &Engine, body: &Body) -> Result<(), Error> {
         }
         drop(table);
         let (start, len) = (run.start * page, run.len() * page);
-        let done = staging::with(len, |buffer| {
+        let done = staging::with(engine, len, |buffer| {
             let store = &body.store.0;
             let (what, offset, len) = ("read", body.store_offset + start as u64, len as u64);
             call(

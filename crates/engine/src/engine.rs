@@ -26,6 +26,7 @@ use crate::pool::Pool;
 use crate::room::Gate;
 use crate::served::{Peers, Registry};
 use crate::signals;
+use crate::staging::Staging;
 use crate::stats::Counters;
 use crate::trace::Recorder;
 use crate::workers::{Source, Workers};
@@ -56,6 +57,7 @@ pub(crate) struct Engine {
     pub(crate) clock: Clock,
     pub(crate) drain: Drain,
     pub(crate) errands: Errands,
+    pub(crate) staging: Staging,
     /// Counts of regions that are gone.
     pub(crate) past: Counters,
     hung: AtomicUsize,
@@ -141,6 +143,7 @@ impl Engine {
             clock: Clock::default(),
             drain: Drain::default(),
             errands: Errands::default(),
+            staging: Staging::default(),
             past: Counters::new(),
             hung: AtomicUsize::new(0),
             read_turns: Mutex::default(),

@@ -487,7 +487,7 @@ impl Engine {
 
     fn fill_by_copy(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
         let (body, block) = (&filling.body, filling.block);
-        staging::with(body.block_len(block), |buffer| {
+        staging::with(self, body.block_len(block), |buffer| {
             match self.read(filling, buffer, lead) {
                 Ok(true) => {
                     let mut placed = 0;

@@ -217,7 +217,7 @@ impl Engine {
         body.memory.claim(start, len)?;
         let piece = COMPARED.max(body.memory.page());
         for at in (start..start + len).step_by(piece) {
-            staging::with(piece.min(start + len - at), |before| {
+            staging::with(self, piece.min(start + len - at), |before| {
                 body.memory.copy_held(at, before);
                 self.continue_compared(body, at, before)
             })?;

@@ -23,9 +23,7 @@ use crate::prefetch::{self, PrefetchTicket};
 use crate::readahead::Advice;
 use crate::stats::{self, Stats};
 use crate::table::BlockError;
-use crate::{
-    Access, FaultWay, Pages, RegionOptions, access, evict, inline, poison, staging, trace,
-};
+use crate::{Access, FaultWay, Pages, RegionOptions, access, evict, inline, poison, trace};
 
 /// The largest block, bytes.
 pub const LARGEST_BLOCK: usize = 64 << 20;
@@ -662,7 +660,7 @@ pub fn stats() -> Stats {
     total.without = engine.abilities.missing();
     let figures = engine.pool.figures();
     (total.limit, total.used) = (figures.limit, figures.used);
-    total.staging = staging::STAGED.load(Ordering::Relaxed);
+    total.staging = engine.staging.bytes();
     let histograms: Vec<_> = bodies
         .iter()
         .map(|body| &body.counters.latency)

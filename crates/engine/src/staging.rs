@@ -1,47 +1,124 @@
-//! A buffer of a thread's own, between a store and memory that others may see.
+//! Buffers between a store and memory that others may see.
 //!
 //! Reads land here before they are copied into place, so that nobody sees half a block, and bytes of
 //! mapped blocks are copied here before they are written, so that a checksum or a compressed block
-//! cannot tear. It is kept hot: one buffer a thread, as large as the largest block it has handled.
+//! cannot tear. What a program gives to `pwrite` passes through here, too.
+//!
+//! Buffers are memory: they are charged to the process's limit from when they are made until they are gone.
+//! A few are kept on a shelf when they are not lent; the one that came back last, which is still in the
+//! processor's cache, goes out first. A call of a store that does not come back keeps its buffer.
+//!
+//! Lock: the shelf is a leaf.
 
-use std::cell::RefCell;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::engine::Engine;
+use crate::lock::Mutex;
+
+/// What direct I/O wants.
 const ALIGNMENT: usize = 4096;
 
-/// Bytes held by the staging buffers of all threads.
-pub static STAGED: AtomicU64 = AtomicU64::new(0);
+/// The part of the limit that may lie on the shelf, one in so many, and its bounds in bytes.
+const SHELF_SHARE: u64 = 16;
+const SHELF: (u64, u64) = (256 << 10, 16 << 20);
 
-#[derive(Default)]
 struct Buffer {
     bytes: Vec<u8>,
     start: usize,
 }
 
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        STAGED.fetch_sub(self.bytes.len() as u64, Ordering::Relaxed);
+/// The buffers of an engine.
+#[derive(Default)]
+pub(crate) struct Staging {
+    shelf: Mutex<Vec<Buffer>>,
+    /// Bytes of all buffers, lent or not.
+    bytes: AtomicU64,
+}
+
+impl Staging {
+    /// Bytes of all buffers, lent or not.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn take(&self, len: usize) -> Option<Buffer> {
+        let mut shelf = self.shelf.lock();
+        let fits = |buffer: &Buffer| buffer.bytes.len() >= len + ALIGNMENT;
+        let last = shelf.iter().rposition(fits)?;
+        Some(shelf.remove(last))
+    }
+
+    /// Puts a buffer on the shelf, if there is place for it.
+    fn put(&self, buffer: Buffer, place: u64) -> Option<Buffer> {
+        let mut shelf = self.shelf.lock();
+        let there: usize = shelf.iter().map(|buffer| buffer.bytes.len()).sum();
+        if (there + buffer.bytes.len()) as u64 > place {
+            return Some(buffer);
+        }
+        shelf.push(buffer);
+        None
     }
 }
 
-thread_local! {
-    static BUFFER: RefCell<Buffer> = RefCell::new(Buffer::default());
+/// A buffer that is lent. Its content is whatever was there.
+pub(crate) struct Lent<'a> {
+    engine: &'a Engine,
+    buffer: Option<Buffer>,
+    len: usize,
 }
 
-/// Lends `len` bytes, aligned to 4096, of this thread's buffer. Their content is whatever was there.
-///
-/// # Panics
-/// If it is borrowed already: a borrower never calls another.
-pub fn with<R>(len: usize, use_it: impl FnOnce(&mut [u8]) -> R) -> R {
-    BUFFER.with_borrow_mut(|buffer| {
-        if buffer.bytes.len() < len + ALIGNMENT {
-            let before = buffer.bytes.len();
-            buffer.bytes = Vec::new();
-            buffer.bytes = vec![0; len + ALIGNMENT];
-            buffer.start = buffer.bytes.as_ptr().align_offset(ALIGNMENT);
-            STAGED.fetch_add((buffer.bytes.len() - before) as u64, Ordering::Relaxed);
+/// Lends `len` bytes, aligned to 4096.
+pub(crate) fn lend(engine: &Engine, len: usize) -> Lent<'_> {
+    let buffer = engine.staging.take(len).unwrap_or_else(|| {
+        let bytes = vec![0; len + ALIGNMENT];
+        engine
+            .staging
+            .bytes
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        engine.pool.charge(bytes.len() as u64);
+        Buffer {
+            start: bytes.as_ptr().align_offset(ALIGNMENT),
+            bytes,
         }
-        let start = buffer.start;
-        use_it(&mut buffer.bytes[start..start + len])
-    })
+    });
+    Lent {
+        engine,
+        buffer: Some(buffer),
+        len,
+    }
+}
+
+/// Lends `len` bytes for the time of a call.
+pub(crate) fn with<R>(engine: &Engine, len: usize, use_it: impl FnOnce(&mut [u8]) -> R) -> R {
+    use_it(&mut lend(engine, len))
+}
+
+impl Deref for Lent<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let buffer = self.buffer.as_ref().expect("lent");
+        &buffer.bytes[buffer.start..buffer.start + self.len]
+    }
+}
+
+impl DerefMut for Lent<'_> {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let buffer = self.buffer.as_mut().expect("lent");
+        &mut buffer.bytes[buffer.start..buffer.start + self.len]
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let engine = self.engine;
+        let place = (engine.pool.figures().limit / SHELF_SHARE).clamp(SHELF.0, SHELF.1);
+        let buffer = self.buffer.take().expect("lent");
+        if let Some(gone) = engine.staging.put(buffer, place) {
+            let bytes = gone.bytes.len() as u64;
+            engine.staging.bytes.fetch_sub(bytes, Ordering::Relaxed);
+            engine.pool.discharge(bytes);
+        }
+    }
 }

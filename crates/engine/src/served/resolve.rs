@@ -260,7 +260,7 @@ impl Backing for Elsewhere {
             body.release(&mut body.lock(), block, State::Absent);
             return Tried::Mapped;
         };
-        staging::with(body.block_len(block), |buffer| {
+        staging::with(engine, body.block_len(block), |buffer| {
             match engine.read(filling, buffer, lead) {
                 Ok(true) => {}
                 Ok(false) => {
@@ -571,7 +571,8 @@ fn zeros(process: &Process, address: usize, page: usize) -> Put {
 }
 
 fn copy_zeros(process: &Process, start: usize, page: usize, mode: u64) -> Put {
-    staging::with(page, |buffer| {
+    let engine = Engine::existing().expect("it serves");
+    staging::with(engine, page, |buffer| {
         buffer.fill(0);
         // SAFETY: as for `zeros`; the buffer is this thread's own.
         Put::of(unsafe { process.uffd.copy(start, buffer.as_ptr().addr(), page, mode) })

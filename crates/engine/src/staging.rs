@@ -42,6 +42,11 @@ impl Staging {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Counts memory that the handlers of SIGBUS use as buffers of their own from now on.
+    pub(crate) fn grown(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     fn take(&self, len: usize) -> Option<Buffer> {
         let mut shelf = self.shelf.lock();
         let fits = |buffer: &Buffer| buffer.bytes.len() >= len + ALIGNMENT;

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::body::COPY_LIMIT;
 use crate::error::Error;
-use crate::staging::STAGED;
 
 const BUFFERS: usize = 64;
 
@@ -58,8 +57,9 @@ impl Bounce {
         })
     }
 
-    /// A buffer of `len` bytes, aligned to a page; `None` if all are lent.
-    pub(super) fn take(&self, len: usize) -> Option<Lent<'_>> {
+    /// A buffer of `len` bytes, aligned to a page; `None` if all are lent. `grown` is told of memory that is
+    /// used for the first time, in bytes: it stays.
+    pub(super) fn take(&self, len: usize, grown: impl FnOnce(u64)) -> Option<Lent<'_>> {
         debug_assert!(len <= COPY_LIMIT);
         let mut lent = self.lent.load(Ordering::Relaxed);
         loop {
@@ -75,7 +75,9 @@ impl Bounce {
             ) {
                 Ok(_) => {
                     let before = self.used[index].fetch_max(len, Ordering::Relaxed);
-                    STAGED.fetch_add(len.saturating_sub(before) as u64, Ordering::Relaxed);
+                    if len > before {
+                        grown((len - before) as u64);
+                    }
                     return Some(Lent {
                         bounce: self,
                         index,
@@ -112,8 +114,10 @@ mod tests {
     #[test]
     fn a_buffer_is_lent_to_one_at_a_time_and_comes_back() {
         let bounce = Bounce::new().unwrap();
-        let mut all: Vec<_> = (0..BUFFERS).map(|_| bounce.take(4096).unwrap()).collect();
-        assert!(bounce.take(4096).is_none());
+        let mut all: Vec<_> = (0..BUFFERS)
+            .map(|_| bounce.take(4096, |_| {}).unwrap())
+            .collect();
+        assert!(bounce.take(4096, |_| {}).is_none());
         for (index, lent) in all.iter_mut().enumerate() {
             lent.bytes().fill(index as u8);
         }
@@ -121,6 +125,8 @@ mod tests {
             assert!(lent.bytes().iter().all(|byte| *byte == index as u8));
         }
         drop(all.swap_remove(5));
-        assert!(bounce.take(1 << 20).is_some());
+        let mut grown = 0;
+        assert!(bounce.take(1 << 20, |bytes| grown = bytes).is_some());
+        assert_eq!(grown, (1 << 20) - 4096, "what is used more than before");
     }
 }

@@ -297,7 +297,11 @@ impl Engine {
     fn bring_in(&self, inline: &Inline, body: &Body, block: u32) -> bool {
         let (start, len) = (body.start(block), body.block_len(block));
         if body.by_copy() {
-            let Some(mut buffer) = inline.bounce.take(len) else {
+            let grown = |bytes| {
+                self.staging.grown(bytes);
+                self.pool.charge_in_handler(bytes as i64);
+            };
+            let Some(mut buffer) = inline.bounce.take(len, grown) else {
                 return false;
             };
             if !body.read_bare(start, buffer.bytes()) {

@@ -417,3 +417,166 @@ impl Table {
         self.home.insert(pages);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A small deterministic generator: a failing run prints its seed.
+    fn random(seed: &mut u64, below: usize) -> usize {
+        *seed ^= *seed << 13;
+        *seed ^= *seed >> 7;
+        *seed ^= *seed << 17;
+        (*seed >> 16) as usize % below
+    }
+
+    const PURPOSES: [Purpose; 7] = [
+        Purpose::Fill,
+        Purpose::Map,
+        Purpose::Refill,
+        Purpose::Evict,
+        Purpose::Clean,
+        Purpose::Write,
+        Purpose::Heal,
+    ];
+
+    /// Any owner may end in any of these; the table does not judge it.
+    const ENDS: [State; 4] = [
+        State::Absent,
+        State::Resident,
+        State::Resting,
+        State::Poisoned,
+    ];
+
+    #[test]
+    fn whatever_is_claimed_and_released_the_counts_are_those_of_the_states() {
+        for seed in 1..300u64 {
+            let mut seed_now = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+            let blocks = 1 + random(&mut seed_now, 40);
+            let per_span = 1 << random(&mut seed_now, 4);
+            let mut table = Table::new(blocks, blocks * 2, per_span, 2);
+            let mut settled = 0;
+            let mut waiting = HashSet::new();
+            for _ in 0..400 {
+                let block = random(&mut seed_now, blocks) as u32;
+                let before = table.state(block);
+                if before.exclusive() {
+                    match random(&mut seed_now, 3) {
+                        0 => {
+                            table.wait(block);
+                            waiting.insert(block);
+                        }
+                        _ => {
+                            let end = ENDS[random(&mut seed_now, ENDS.len())];
+                            // Whoever was told to wait is woken, and nobody else.
+                            let waited = table.release(block, end);
+                            assert_eq!(waited, waiting.remove(&block), "seed {seed}");
+                            assert!(!table.refilling(block), "seed {seed}");
+                        }
+                    }
+                } else {
+                    let purpose = PURPOSES[random(&mut seed_now, PURPOSES.len())];
+                    let pinned = random(&mut seed_now, 4) == 0;
+                    if pinned {
+                        table.pins.insert(block, Pins::default());
+                    }
+                    let claimed = table.claim(block, purpose);
+                    let wanted = block::claim(before, purpose);
+                    if pinned && purpose == Purpose::Evict {
+                        assert!(!claimed, "seed {seed}: a pinned block was evicted");
+                    } else {
+                        assert_eq!(claimed, wanted.is_some(), "seed {seed}");
+                    }
+                    assert_eq!(
+                        table.state(block),
+                        wanted.filter(|_| claimed).unwrap_or(before)
+                    );
+                    table.pins.remove(&block);
+                }
+                let states: Vec<State> = (0..blocks as u32).map(|b| table.state(b)).collect();
+                let count =
+                    |wanted: fn(&State) -> bool| states.iter().filter(|s| wanted(s)).count();
+                assert_eq!(
+                    table.resident,
+                    count(|s| *s == State::Resident),
+                    "seed {seed}"
+                );
+                assert_eq!(
+                    table.resting,
+                    count(|s| *s == State::Resting),
+                    "seed {seed}"
+                );
+                assert_eq!(table.owned, count(|s| s.exclusive()), "seed {seed}");
+                assert_eq!(table.in_use(), table.owned > 0);
+                let used = states
+                    .chunks(per_span)
+                    .filter(|span| span.iter().any(|s| *s != State::Absent))
+                    .count();
+                assert_eq!(table.spans_used, used, "seed {seed}");
+                settled += table.settle_spans();
+                assert_eq!(settled, used as i64, "seed {seed}");
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_takes_a_block_of_a_sealed_region_and_only_a_write_back_one_of_a_closed_region() {
+        for state in [
+            State::Absent,
+            State::Resident,
+            State::Resting,
+            State::Poisoned,
+        ] {
+            for purpose in PURPOSES {
+                for sealed in [false, true] {
+                    let mut table = Table::new(1, 1, 1, 1);
+                    table.set(0, state);
+                    (table.closed, table.sealed) = (true, sealed);
+                    let may = !sealed
+                        && purpose == Purpose::Clean
+                        && block::claim(state, purpose).is_some();
+                    assert_eq!(table.claim(0, purpose), may, "{state:?} {purpose:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn after_a_failed_sync_every_page_is_dirty_or_to_be_written_again() {
+        for seed in 1..200u64 {
+            let mut seed_now = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+            let (blocks, per_block) =
+                (1 + random(&mut seed_now, 12), 1 << random(&mut seed_now, 4));
+            let pages = blocks * per_block;
+            let mut table = Table::new(blocks, pages, 4, per_block);
+            let mut written = HashSet::new();
+            for block in 0..blocks {
+                table.set(block as u32, ENDS[random(&mut seed_now, 3)]);
+            }
+            for _ in 0..random(&mut seed_now, 20) {
+                let page = random(&mut seed_now, pages);
+                table.written(page..page + 1);
+                written.insert(page);
+            }
+            let taken = table.take_unsynced();
+            let gone = table.not_durable(&taken, per_block);
+            let mut again = HashSet::new();
+            while let Some(run) = table.next_unsure() {
+                assert_eq!(
+                    run.start / per_block,
+                    (run.end - 1) / per_block,
+                    "seed {seed}"
+                );
+                assert_eq!(table.state((run.start / per_block) as u32), State::Absent);
+                again.extend(run.clone());
+                table.sure(run);
+            }
+            assert_eq!(again.len(), gone, "seed {seed}");
+            let dirty = written
+                .iter()
+                .filter(|page| table.home.any(**page..**page + 1));
+            assert_eq!(dirty.count() + gone, written.len(), "seed {seed}");
+            assert!(again.is_subset(&written), "seed {seed}");
+        }
+    }
+}

@@ -157,9 +157,6 @@ fn write_back(
         let harvest = engine.harvest_mapped(body, pages);
         record(&mut body.lock(), &harvest);
     }
-    for held in held {
-        engine.note_cleaned(body, held.block);
-    }
     let mut mapped = Vec::new();
     let mut runs = {
         let mut table = body.lock();
@@ -180,6 +177,11 @@ fn write_back(
     } else {
         Vec::new()
     };
+    for held in held {
+        if !still_writable.contains(&body.pages(held.block)) {
+            engine.note_cleaned(body, held.block);
+        }
+    }
     let resting = held.iter().all(|held| !held.mapped);
     let mut result = Ok(());
     while let Some(run) = runs.first_mut() {

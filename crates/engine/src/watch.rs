@@ -10,7 +10,6 @@ use std::hash::{DefaultHasher, Hasher};
 use crate::block::State;
 use crate::body::Body;
 use crate::engine::Engine;
-use crate::kernel::Evidence;
 
 /// True if the environment asks for it.
 pub(crate) fn asked_for() -> bool {
@@ -35,20 +34,23 @@ impl Engine {
     /// Notes what a block holds that is held in Cleaning, after it was protected: whatever is written from
     /// here on leaves evidence, and so takes the note away. Not if a device may write to it, which leaves none.
     pub(crate) fn note_cleaned(&self, body: &Body, block: u32) {
-        // Where the table holds the evidence, a write may take the note away before it is made.
-        if !self.hashing || !body.memory.shared() || self.evidence(body) != Evidence::Kernel {
+        if !self.hashing || !body.memory.shared() || !body.writable() {
             return;
         }
         {
-            let table = body.lock();
+            let mut table = body.lock();
             // What was noted before still holds: a new note would hide what went wrong since.
             if table.write_pinned(block) || table.hashes.contains_key(&block) {
                 return;
             }
+            // Taken away by a write that comes before the note is made.
+            table.hashes.insert(block, 0);
         }
         let mut bytes = vec![0; body.block_len(block)];
         body.memory.copy_held(body.start(block), &mut bytes);
-        self.note_content(body, block, &bytes);
+        if let Some(noted) = body.lock().hashes.get_mut(&block) {
+            *noted = hash(&bytes);
+        }
     }
 
     /// Compares what an unmapped block holds, that nobody else can take, with what was noted of it.

@@ -120,12 +120,10 @@ def test_outside_of_a_pin_a_device_harms_nothing_else_and_nothing_hangs(direct: 
                 thread.join()
         region.flush()
         stored = np.frombuffer(memory.getvalue(), np.uint8)
-        assert np.array_equal(np.frombuffer(region.pread(LENGTH, 0), np.uint8) == 0, stored == 0)
         pages = stored.reshape(-1, page)
         pieces = np.arange(len(pages))
         aimed = (pieces % 8 < 4) & (pieces * page < LENGTH // 2)
         assert not pages[~aimed].any()
-        # A write-back that copies a page while the device writes it takes a part of what it brings.
-        source = SOURCE.reshape(-1, page)
-        assert ((pages == source) | (pages == 0)).all(), "neither what was there nor what the device brought"
+        # A page that left memory while the device was writing it may hold some of either.
+        assert ((stored == SOURCE) | (stored == 0)).all(), "bytes that neither were there nor came"
         view.release()

@@ -68,6 +68,10 @@ FOUND: Final = {
             ],
         ),
     ),
+    "nothing collapses where no table is": (
+        "MADV_COLLAPSE is EINVAL where nothing was ever touched; an empty page table is enough",
+        Program("thp", 0, 0, [("collapse", 2, 2), ("load", 0, 2), ("dontneed", 2, 1), ("collapse", 2, 2)]),
+    ),
 }
 
 ODDITIES: Final = {

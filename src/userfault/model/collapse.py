@@ -36,7 +36,9 @@ def collapse(mm: AddressSpace, vma: Vma, start: int, end: int) -> int:
 
 
 def _anonymous(mm: AddressSpace, vma: Vma, base: int) -> int:
-    """hpage_collapse_scan_pmd, collapse_huge_page."""
+    """hpage_collapse_scan_pmd, collapse_huge_page. Without a page table there is nothing to collapse."""
+    if mm.table.pmd(base) is None:
+        return EINVAL
     parts: list[Content] = []
     for at in range(base, base + HUGE_PAGE, PAGE):
         entry = mm.table.pte(at)

@@ -65,26 +65,42 @@ def folio_sizes(*, shared: bool) -> list[int]:
     return sorted(size for size in sizes if size < 2 << 20)
 
 
+SWAPS = Path(tempfile.gettempdir())
+SWAP = re.compile(r"userfault-swap-(\d+)-")
+
+
 @contextlib.contextmanager
-def swap_file(folder: Path, megabytes: int = 64) -> Iterator[None]:
-    """Within the block the machine may swap to a file there. Unavailable where it may not."""
-    path = folder / "swap"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+def swap_file(megabytes: int = 64) -> Iterator[None]:
+    """Within the block the machine may swap to a file. Unavailable where it may not.
+
+    A process that is killed leaves its file behind, so the name says whose it is, and the next one to come
+    takes away those of the dead.
+    """
+    for path in SWAPS.glob("userfault-swap-*"):
+        owner = SWAP.match(path.name)
+        if owner and not Path("/proc", owner[1]).exists():
+            _take_away(path)
+    fd, name = tempfile.mkstemp(prefix=f"userfault-swap-{os.getpid()}-", dir=SWAPS)
+    path = Path(name)
     try:
-        os.posix_fallocate(fd, 0, megabytes << 20)
-    except OSError as error:
-        raise Unavailable(f"no room for a swap file: {error.strerror}") from None
-    finally:
-        os.close(fd)
-    try:
+        try:
+            os.posix_fallocate(fd, 0, megabytes << 20)
+        except OSError as error:
+            raise Unavailable(f"no room for a swap file: {error.strerror}") from None
+        finally:
+            os.close(fd)
         _called("mkswap", path)
         _called("swapon", path)
-        try:
-            yield
-        finally:
-            _called("swapoff", path)
+        yield
     finally:
-        path.unlink()
+        _take_away(path)
+
+
+def _take_away(path: Path) -> None:
+    if str(path) in Path("/proc/swaps").read_text():
+        with contextlib.suppress(Unavailable):
+            _called("swapoff", path)
+    path.unlink(missing_ok=True)
 
 
 def _called(program: str, path: Path) -> None:

@@ -49,7 +49,7 @@ def running_kernel(*, huge_pages: bool, swap: bool) -> Iterator[tuple[Makes, lis
                 lacks.append(f"huge pages: {error.strerror}")
         if swap:
             try:
-                stack.enter_context(swap_file(folder))
+                stack.enter_context(swap_file())
             except Unavailable as error:
                 lacks.append(f"swap: {error}")
         yield lambda: KernelBackend(puppet, folder, lambda pages: None), lacks

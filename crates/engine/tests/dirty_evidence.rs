@@ -133,7 +133,7 @@ fn a_write_through_the_view_is_in_the_next_flush() {
 
 #[test]
 fn two_threads_on_one_resting_block_do_not_make_it_dirty() {
-    apart!(60, hugetlb, {
+    apart!(200, hugetlb, {
         for kind in writable_kinds() {
             let (blocks, len) = (48, 48 * kind.block);
             let store = Bytes::ready(patterned(len));

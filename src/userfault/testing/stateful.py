@@ -419,7 +419,10 @@ class RegionStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.region is not None and self.region.mode != "r")
     @rule(place=_PLACES, length=_LENGTHS)
     def unmap(self, place: int, length: int) -> None:
-        """What a program may do to its own memory: pages are unmapped, and stay in memory."""
+        """What a program may do to its own memory: pages are unmapped, and stay in memory.
+
+        Raises OSError if the kernel refuses.
+        """
         region, _ = self._open()
         offset, length = self._range(place, length)
         page = (2 << 20) if region.pages == "2MiB hugetlb" else mmap.PAGESIZE

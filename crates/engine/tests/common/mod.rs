@@ -74,24 +74,36 @@ pub fn writable_kinds() -> Vec<Kind> {
     if apart::has_huge_pages() {
         return vec![HUGETLB];
     }
-    vec![
-        COPIED,
-        COPIED_64K,
-        VIEWED,
-        HUGE_PAGES,
-        COPIED_INLINE,
-        VIEWED_INLINE,
-    ]
+    let mut kinds = vec![COPIED, COPIED_64K, VIEWED, HUGE_PAGES];
+    if inline_can_write() {
+        kinds.extend([COPIED_INLINE, VIEWED_INLINE]);
+    }
+    kinds
+}
+
+/// True if memory that can be written may be brought by the touching thread itself: with the kernel's evidence of
+/// writes (Linux 6.7).
+fn inline_can_write() -> bool {
+    let without = without();
+    kernel() >= (6, 7) && !without.contains("wp_async") && !without.contains("continue_wp")
+}
+
+/// What the engine is told to do without.
+fn without() -> String {
+    std::env::var("USERFAULT_WITHOUT").unwrap_or_default()
+}
+
+/// The kernel's version.
+fn kernel() -> (u32, u32) {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap(), numbers.next().unwrap())
 }
 
 /// True if what is unmapped whole gives its page tables back: Linux 6.14, unless the protection of pages that
 /// can be written is the table's own (see `protect.rs`).
 pub fn frees_page_tables(access: Access) -> bool {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
-    let mut numbers = release.split(['.', '-']).map(|n| n.parse().unwrap_or(0));
-    let version: (u32, u32) = (numbers.next().unwrap(), numbers.next().unwrap());
-    let without = std::env::var("USERFAULT_WITHOUT").unwrap_or_default();
-    version >= (6, 14) && (access == Access::ReadOnly || !without.contains("wp_async"))
+    kernel() >= (6, 14) && (access == Access::ReadOnly || !without().contains("wp_async"))
 }
 
 /// Options of a region over the whole of a store of `len` bytes.

@@ -10,7 +10,6 @@ PAGE = (ROOT / "docs" / "explanation" / "hazards.md").read_text()
 TABLE = PAGE[PAGE.index("## Which test holds it") :]
 
 ELSEWHERE = {
-    "I1": "faults answered in the touching thread",
     "R3": "other processes' memory: nothing of it is evicted",
     "M6": "a rule for measurements, not for the engine",
     "D5": "a figure behind the choice of a method",

@@ -184,7 +184,10 @@ with userfault.Userfaultfd() as watching:
 
 
 def test_ragged_edges_small_arrays_and_ties_are_taken(tmp_path: Path) -> None:
-    whole = np.zeros((2 << 20) + 4096, np.uint8)
+    # Of small pages: what lies on huge ones may be copied instead of tracked.
+    memory = mmap.mmap(-1, (2 << 20) + 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
     tensor, storage = torch_like(1 << 20)
     arrays = {
         "odd": whole[13 : 13 + (2 << 20) + 1001],

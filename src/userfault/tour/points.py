@@ -20,6 +20,9 @@ import numpy as np
 import userfault
 from userfault.verifying import verify
 
+LEAST = 1 << 20
+"""Bytes of the smallest array."""
+
 BURST = 2_000
 """Words that the writer writes at a time."""
 
@@ -73,6 +76,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", type=int, required=True)
     options = parser.parse_args()
+    if options.size < LEAST:
+        parser.error(f"the array has {options.size} bytes; a hundredth of it would be nothing below {LEAST}")
     folder: Path = options.folder
     # The twin forks before there are other threads.
     say(step="fork", stall=forked(options.size))
@@ -87,7 +92,8 @@ def main() -> None:
     (folder / "array.npy").unlink()
     copies = {}
     with userfault.Checkpointer(folder / "points", {"words": words}) as ck:
-        for step, name in enumerate(("full", "incremental")):
+
+        def take(name: str, step: int) -> None:
             before = _on_disk(folder)
             begin = time.perf_counter()
             with writer.lock:
@@ -97,16 +103,19 @@ def main() -> None:
             took = time.perf_counter() - begin
             size = _on_disk(folder) - before
             say(step=name, stall=point.stall, seconds=took, size=size, method=point.method["words"])
-            # A little of it changes before the next one.
-            while writer.written < (step + 1) * 10 * BURST:
-                time.sleep(0.01)
-            writer.stopping = step == 0
-            if writer.stopping:
-                writer.join()
-                places = np.random.default_rng(3).integers(0, words.size // 100, BURST)
-                words[places] = 1
-                writer = Writer(words[: words.size // 100])
-                writer.start()
+
+        take("full", 0)
+        # From here on one part in a hundred is written. What was written elsewhere while the first point
+        # was on its way goes into a point of its own, and is not counted as what changed.
+        writer.stopping = True
+        writer.join()
+        writer = Writer(words[: words.size // 100])
+        writer.start()
+        ck.save(1).result()
+        enough = writer.written + 10 * BURST
+        while writer.is_alive() and writer.written < enough:
+            time.sleep(0.01)
+        take("incremental", 2)
         writer.stopping = True
         writer.join()
     begin = time.perf_counter()
@@ -114,10 +123,10 @@ def main() -> None:
     say(step="verify", seconds=time.perf_counter() - begin, right=not damage)
     right = True
     begin = time.perf_counter()
-    state = userfault.restore(folder / "points", 1)
-    right = bool(state["words"][words.size // 2] == copies[1][words.size // 2])
+    state = userfault.restore(folder / "points", 2)
+    right = bool(state["words"][words.size // 2] == copies[2][words.size // 2])
     took = time.perf_counter() - begin
-    right = right and bool(np.array_equal(state["words"], copies[1]))
+    right = right and bool(np.array_equal(state["words"], copies[2]))
     state.close()
     with userfault.restore(folder / "points", 0, lazy=False) as state:
         right = right and bool(np.array_equal(state["words"], copies[0]))

@@ -52,8 +52,8 @@ test: .venv/.ext ## run every test, Rust's and then Python's
 	$(BIN)/python -m pytest $(ARGS)
 
 # The parts of paging that do the work of a missing feature.
-OLDER_RUST := $(addprefix --test ,dirty_evidence lost_writes store_errors)
-OLDER_PYTHON := $(addprefix tests/face/test_,open.py private.py io_errors.py system_calls.py)
+OLDER_RUST := $(addprefix --test ,dirty_evidence lost_writes)
+OLDER_PYTHON := $(addprefix tests/face/test_,private.py io_errors.py)
 # Messages in place of the kernel's own notes take time: so do the tests' limits.
 older: export USERFAULT_TIME_SCALE ?= 2
 older: .venv/.ext ## the tests of paging without what newer kernels have

@@ -251,6 +251,15 @@ impl Engine {
         Ok(())
     }
 
+    /// The mode in which pages are mapped: write-protected where they can be written and the kernel can do it.
+    fn continue_mode(&self, body: &Body) -> u64 {
+        if body.writable() && self.abilities.continue_protects {
+            UFFDIO_CONTINUE_MODE_WP
+        } else {
+            0
+        }
+    }
+
     fn continue_range(
         &self,
         body: &Body,
@@ -258,11 +267,7 @@ impl Engine {
         len: usize,
         dont_wake: u64,
     ) -> io::Result<()> {
-        let mode = if body.writable() && self.abilities.continue_protects {
-            UFFDIO_CONTINUE_MODE_WP | dont_wake
-        } else {
-            dont_wake
-        };
+        let mode = self.continue_mode(body) | dont_wake;
         let address = body.memory.main() + start;
         let mut from = 0;
         loop {
@@ -307,11 +312,7 @@ impl Engine {
 
     /// As [`Engine::map_again`], for a handler: true if every page is mapped now.
     pub(crate) fn continue_bare(&self, body: &Body, start: usize, len: usize) -> bool {
-        let mode = if body.writable() {
-            UFFDIO_CONTINUE_MODE_WP
-        } else {
-            0
-        };
+        let mode = self.continue_mode(body);
         let (address, page) = (body.memory.main() + start, body.memory.page());
         let filled = fill::fill(len, page, Fill::Shared, |at, len| {
             // SAFETY: the caller owns the block, and every page of it is whole.

@@ -5,7 +5,7 @@
 mod common;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -250,6 +250,22 @@ extern "C" fn count(_: i32) {
     HANDLED.fetch_add(1, Ordering::Relaxed);
 }
 
+/// Waits until the thread that says its id here last of all sleeps in what comes next: its fault.
+fn wait_until_asleep_after(id: &AtomicI32) {
+    loop {
+        let id = id.load(Ordering::Acquire);
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{id}/stat"));
+        // The state is the first word after the name, which is in parentheses.
+        let state = stat
+            .ok()
+            .and_then(|stat| stat.rsplit(") ").next()?.chars().next());
+        if id != 0 && matches!(state, Some('S' | 'D')) {
+            return;
+        }
+        thread::sleep(Duration::from_micros(100));
+    }
+}
+
 extern "C" fn end_this_thread(_: i32) {
     HANDLED.fetch_add(1, Ordering::Relaxed);
     // SAFETY: ends the calling thread at once, as a crash of it alone would.
@@ -329,12 +345,19 @@ fn a_thread_that_dies_inside_a_fault_keeps_nothing_from_the_others() {
     apart!(60, {
         on(libc::SIGUSR2, end_this_thread);
         for kind in [COPIED_64K, HUGE_PAGES] {
-            let region = slow(kind, Duration::from_millis(30));
+            let region = slow(kind, Duration::from_millis(100));
             for block in 0..BLOCKS {
                 let mine = region.clone();
+                let id = Arc::new(AtomicI32::new(0));
+                let said = id.clone();
                 // Never joined: it does not end as a thread of the library does.
-                let dying = thread::spawn(move || touch::read(&mine, block * kind.block));
-                thread::sleep(Duration::from_millis(10));
+                let dying = thread::spawn(move || {
+                    // SAFETY: gettid has no preconditions.
+                    said.store(unsafe { libc::gettid() }, Ordering::Release);
+                    touch::read(&mine, block * kind.block)
+                });
+                // While it starts it may hold a lock of the standard library, and would keep that.
+                wait_until_asleep_after(&id);
                 // SAFETY: the thread sleeps in its fault, so it exists.
                 unsafe {
                     libc::pthread_kill(

@@ -6,13 +6,17 @@
 //! of the child names threads that are gone, whose stacks its own threads are given; it was seen to hang
 //! and can crash as soon as the child starts a few threads. The standard library's locks sleep on their own word.
 //!
+//! A thread that holds one is not interrupted by a signal whose handler might touch a region (see
+//! [`signals::shield`]): the engine's threads may need the same lock before they can answer that touch.
+//!
 //! They are wrapped so that a lock whose holder panicked is as good as any: a panic of the engine ends the
 //! process (see `threads`), and a panic of a test must not hide behind a second one.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{self, PoisonError, TryLockError, WaitTimeoutResult};
-pub use std::sync::{RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
+
+use crate::signals::{self, Shield};
 
 /// Mutual exclusion.
 #[derive(Debug, Default)]
@@ -20,10 +24,12 @@ pub struct Mutex<T>(sync::Mutex<T>);
 
 /// A held [`Mutex`].
 #[derive(Debug)]
-pub struct MutexGuard<'a, T: ?Sized>(
+pub struct MutexGuard<'a, T: ?Sized> {
     /// Empty only inside of [`Condvar::wait`] and its kin.
-    Option<sync::MutexGuard<'a, T>>,
-);
+    held: Option<sync::MutexGuard<'a, T>>,
+    /// Let go of after the lock.
+    _shield: Option<Shield>,
+}
 
 impl<T> Mutex<T> {
     /// A free lock over `value`.
@@ -35,16 +41,25 @@ impl<T> Mutex<T> {
 impl<T> Mutex<T> {
     /// Waits for the lock and takes it.
     pub fn lock(&self) -> MutexGuard<'_, T> {
-        MutexGuard(Some(self.0.lock().unwrap_or_else(PoisonError::into_inner)))
+        let shield = signals::shield();
+        MutexGuard {
+            held: Some(self.0.lock().unwrap_or_else(PoisonError::into_inner)),
+            _shield: shield,
+        }
     }
 
     /// Takes the lock if it is free.
     pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
-        match self.0.try_lock() {
-            Ok(guard) => Some(MutexGuard(Some(guard))),
-            Err(TryLockError::Poisoned(guard)) => Some(MutexGuard(Some(guard.into_inner()))),
-            Err(TryLockError::WouldBlock) => None,
-        }
+        let shield = signals::shield();
+        let held = match self.0.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(MutexGuard {
+            held: Some(held),
+            _shield: shield,
+        })
     }
 }
 
@@ -52,13 +67,13 @@ impl<T> Deref for MutexGuard<'_, T> {
     type Target = T;
 
     fn deref(&self) -> &T {
-        self.0.as_ref().expect("held")
+        self.held.as_ref().expect("held")
     }
 }
 
 impl<T> DerefMut for MutexGuard<'_, T> {
     fn deref_mut(&mut self) -> &mut T {
-        self.0.as_mut().expect("held")
+        self.held.as_mut().expect("held")
     }
 }
 
@@ -84,8 +99,8 @@ impl Condvar {
 
     /// Lets go of the lock, sleeps until somebody notifies, and takes the lock again.
     pub fn wait<T>(&self, guard: &mut MutexGuard<'_, T>) {
-        let held = guard.0.take().expect("held");
-        guard.0 = Some(self.0.wait(held).unwrap_or_else(PoisonError::into_inner));
+        let held = guard.held.take().expect("held");
+        guard.held = Some(self.0.wait(held).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// As [`Condvar::wait`], at most so long.
@@ -94,12 +109,12 @@ impl Condvar {
         guard: &mut MutexGuard<'_, T>,
         at_most: Duration,
     ) -> WaitTimeoutResult {
-        let held = guard.0.take().expect("held");
+        let held = guard.held.take().expect("held");
         let (held, result) = self
             .0
             .wait_timeout(held, at_most)
             .unwrap_or_else(PoisonError::into_inner);
-        guard.0 = Some(held);
+        guard.held = Some(held);
         result
     }
 
@@ -117,30 +132,77 @@ impl Condvar {
 #[derive(Debug, Default)]
 pub struct RwLock<T>(sync::RwLock<T>);
 
+/// An [`RwLock`] held for reading.
+#[derive(Debug)]
+pub struct RwLockReadGuard<'a, T: ?Sized> {
+    held: sync::RwLockReadGuard<'a, T>,
+    _shield: Option<Shield>,
+}
+
+/// An [`RwLock`] held for writing.
+#[derive(Debug)]
+pub struct RwLockWriteGuard<'a, T: ?Sized> {
+    held: sync::RwLockWriteGuard<'a, T>,
+    _shield: Option<Shield>,
+}
+
 impl<T> RwLock<T> {
     /// A free lock over `value`.
     pub const fn new(value: T) -> RwLock<T> {
         RwLock(sync::RwLock::new(value))
     }
-}
 
-impl<T> RwLock<T> {
     /// Waits until nobody writes.
     pub fn read(&self) -> RwLockReadGuard<'_, T> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        let shield = signals::shield();
+        RwLockReadGuard {
+            held: self.0.read().unwrap_or_else(PoisonError::into_inner),
+            _shield: shield,
+        }
     }
 
     /// For reading, if nobody writes or waits to.
     pub fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
-        match self.0.try_read() {
-            Ok(guard) => Some(guard),
-            Err(TryLockError::Poisoned(guard)) => Some(guard.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
-        }
+        let shield = signals::shield();
+        let held = match self.0.try_read() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(guard)) => guard.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(RwLockReadGuard {
+            held,
+            _shield: shield,
+        })
     }
 
     /// Waits until nobody reads or writes.
     pub fn write(&self) -> RwLockWriteGuard<'_, T> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
+        let shield = signals::shield();
+        RwLockWriteGuard {
+            held: self.0.write().unwrap_or_else(PoisonError::into_inner),
+            _shield: shield,
+        }
+    }
+}
+
+impl<T: ?Sized> Deref for RwLockReadGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.held
+    }
+}
+
+impl<T: ?Sized> Deref for RwLockWriteGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.held
+    }
+}
+
+impl<T: ?Sized> DerefMut for RwLockWriteGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.held
     }
 }

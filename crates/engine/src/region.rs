@@ -21,6 +21,7 @@ use crate::policy::Queue;
 use crate::pool::Pool;
 use crate::prefetch::{self, PrefetchTicket};
 use crate::readahead::Advice;
+use crate::signals;
 use crate::stats::{self, Stats};
 use crate::table::BlockError;
 use crate::{Access, FaultWay, Pages, RegionOptions, access, evict, inline, poison, trace};
@@ -123,6 +124,7 @@ fn memory(options: &RegionOptions, shape: &Shape, limit: u64) -> Result<Memory, 
 impl Region {
     /// Opens `options.len` bytes of `store` as memory.
     pub fn open(store: Arc<dyn Store>, options: RegionOptions) -> Result<Arc<Region>, Error> {
+        let _shield = signals::shield();
         if options.len == 0 && !put_back(Defect::ArgumentsUnchecked) {
             return Err(Error::Invalid(
                 "the region would be empty; the length must be at least 1 byte".into(),
@@ -302,6 +304,7 @@ impl Region {
     /// Writes back what is dirty in a range, and returns when it, and everything written back before, is
     /// durable. Raises an error that the background write-back met since the last flush, once.
     pub fn flush(&self, offset: u64, len: u64) -> Result<(), Error> {
+        let _shield = signals::shield();
         self.check(offset, len)?;
         let engine = self.engine()?;
         clean::flush(engine, &self.body, self.body.blocks(offset, len))
@@ -310,11 +313,13 @@ impl Region {
     /// Writes everything that is dirty to the store, which need not be durable afterwards. Only then does the
     /// store of a private region know what has been changed.
     pub fn write_out(&self) -> Result<(), Error> {
+        let _shield = signals::shield();
         clean::write_out(self.engine()?, &self.body, 0..self.body.all_blocks())
     }
 
     /// Says how a range will be touched.
     pub fn advise(&self, offset: u64, len: u64, advice: Advice) -> Result<(), Error> {
+        let _shield = signals::shield();
         self.check(offset, len)?;
         self.engine()?;
         self.body.advise(self.body.blocks(offset, len), advice);
@@ -324,6 +329,7 @@ impl Region {
     /// Brings blocks in ahead of their touch; `(offset, length)` in bytes. What the limit cannot hold is
     /// left out.
     pub fn prefetch(&self, ranges: &[(u64, u64)]) -> Result<PrefetchTicket, Error> {
+        let _shield = signals::shield();
         let engine = self.engine()?;
         if self.body.doors.is_some() {
             inline::look_after()?;
@@ -345,6 +351,7 @@ impl Region {
 
     /// Brings a range in and keeps it there until the pin is dropped.
     pub fn pin(&self, offset: u64, len: u64, write: bool) -> Result<Pin, Error> {
+        let _shield = signals::shield();
         self.check(offset, len)?;
         Pin::new(
             self.engine()?,
@@ -356,6 +363,7 @@ impl Region {
 
     /// Writes back and releases the blocks of a range. Pinned blocks stay.
     pub fn evict(&self, offset: u64, len: u64) -> Result<(), Error> {
+        let _shield = signals::shield();
         self.check(offset, len)?;
         let (engine, body) = (self.engine()?, self.body.clone());
         let blocks = body.blocks(offset, len);
@@ -367,6 +375,7 @@ impl Region {
     /// One byte for each block of a range: 0 absent, 1 resident, 2 resting, 3 poisoned. A block that is
     /// changing hands counts as what it was or will be in memory.
     pub fn resident(&self, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
+        let _shield = signals::shield();
         self.check(offset, len)?;
         self.engine()?;
         let table = self.body.lock();
@@ -384,6 +393,7 @@ impl Region {
 
     /// The blocks that have been given up and not healed.
     pub fn errors(&self) -> Vec<BlockError> {
+        let _shield = signals::shield();
         if self.body.generation != fork::generation() {
             return Vec::new();
         }
@@ -393,6 +403,7 @@ impl Region {
     /// Tries the poisoned blocks of a range again; returns the bytes healed. Fails with the first block
     /// that still cannot be had.
     pub fn heal(&self, offset: u64, len: u64) -> Result<u64, Error> {
+        let _shield = signals::shield();
         self.check(offset, len)?;
         let engine = self.engine()?;
         let mut healed = 0;
@@ -404,12 +415,14 @@ impl Region {
 
     /// Copies bytes out without touching the memory.
     pub fn pread(&self, into: &mut [u8], offset: u64) -> Result<(), Error> {
+        let _shield = signals::shield();
         self.check(offset, into.len() as u64)?;
         access::read(self.engine()?, &self.body, into, offset)
     }
 
     /// Copies bytes in without touching the memory. `data` may itself lie in a region.
     pub fn pwrite(&self, data: &[u8], offset: u64) -> Result<(), Error> {
+        let _shield = signals::shield();
         self.check(offset, data.len() as u64)?;
         access::write(self.engine()?, &self.body, data, offset)
     }
@@ -421,12 +434,14 @@ impl Region {
         offset: u64,
         len: u64,
     ) -> Result<u64, Error> {
+        let _shield = signals::shield();
         self.check(offset, len)?;
         access::read_from(self.engine()?, &self.body, fd, offset, len)
     }
 
     /// Figures of this region.
     pub fn stats(&self) -> Stats {
+        let _shield = signals::shield();
         if self.body.generation != fork::generation() {
             return Stats::default();
         }
@@ -447,6 +462,7 @@ impl Region {
     /// Flushes, then gives the memory up: a later touch is SIGSEGV. After an error the region is open as
     /// before, and the data is there. Closing again does nothing.
     pub fn close(&self) -> Result<(), Error> {
+        let _shield = signals::shield();
         let engine = match self.engine() {
             Ok(engine) => engine,
             // In a forked child there is nothing to close, and the second close does nothing.
@@ -495,6 +511,7 @@ impl Region {
 
     /// Gives the memory up without writing anything back.
     pub fn abandon(&self) {
+        let _shield = signals::shield();
         let Ok(engine) = self.engine() else { return };
         {
             let mut table = self.body.lock();
@@ -639,6 +656,7 @@ fn of_body(body: &Body) -> Stats {
 
 /// Figures of the whole process.
 pub fn stats() -> Stats {
+    let _shield = signals::shield();
     inline::keep_handler();
     let mut total = Stats::default();
     let Some(engine) = Engine::existing() else {
@@ -672,6 +690,7 @@ pub fn stats() -> Stats {
 
 /// Sets the limit of the process; `None` is "auto". Returns the old one. Shrinking evicts at once.
 pub fn set_memory_limit(limit: Option<u64>) -> Result<u64, Error> {
+    let _shield = signals::shield();
     let engine = Engine::current()?;
     if limit == Some(0) {
         return Err(Error::Invalid(

@@ -43,9 +43,10 @@
 //!    and none of them follows a pointer into a region while it holds one. So the access that raised the
 //!    signal was not made under the lock.
 //! 2. But the holder may be interrupted by another signal, whose handler, the program's, touches a region. In
-//!    the engine's threads all signals are blocked. A thread of the program blocks them while it holds a
-//!    lock ([`signals::shield`](crate::signals::shield)). The handler of SIGBUS itself runs with all signals
-//!    blocked, but for those that its own mistakes would raise.
+//!    the engine's threads all signals are blocked. A thread of the program blocks them while it is inside of
+//!    a call of the library ([`signals::shield`](crate::signals::shield)), for there it may also own a block,
+//!    or hold a lock that the engine's threads need before they can do what is handed over. The handler of
+//!    SIGBUS itself runs with all signals blocked, but for those that its own mistakes would raise.
 //! 3. No holder waits for anything but the next lock in the order (table, then pool), as everywhere else.
 //!
 //! What is handed over is done by threads that may allocate. A signal handler of the program that touches a

@@ -7,11 +7,40 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
+/// Pages of a process that was killed come back a little later.
+const COME_BACK: Duration = Duration::from_secs(5);
+
 fn size() -> Option<u64> {
     fs::read_to_string(POOL).ok()?.trim().parse().ok()
+}
+
+/// How many of so many pages cannot be had, after some patience.
+fn short_of(pages: u64) -> u64 {
+    let began = Instant::now();
+    loop {
+        let short = pages.saturating_sub(userfault_engine::hugetlb_free());
+        if short == 0 || began.elapsed() > COME_BACK {
+            return short;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Makes the pool larger by so many pages; false if it could not be, and is as before.
+fn grow(pages: u64) -> bool {
+    let before = size().unwrap_or(0);
+    let grown = fs::write(POOL, (before + pages).to_string())
+        .ok()
+        .and_then(|()| size())
+        .map_or(0, |after| after.saturating_sub(before));
+    if grown < pages {
+        shrink(grown);
+    }
+    grown >= pages
 }
 
 fn started(pid: u32) -> Option<String> {
@@ -88,16 +117,19 @@ impl Drop for Held {
 pub fn with<R>(pages: u64, test: impl FnOnce() -> R) -> Option<R> {
     let held = {
         let mut ledger = Ledger::open();
-        let before = size().unwrap_or(0);
-        let grown = fs::write(POOL, (before + pages).to_string())
-            .ok()
-            .and_then(|()| size())
-            .map_or(0, |after| after - before);
-        if grown < pages {
-            shrink(grown);
-            println!("left out: {pages} huge pages cannot be reserved on this machine");
-            return None;
+        let mut added = 0;
+        // Pages that are in the pool but reserved for somebody, even for nobody who lives, are no use: then it is
+        // made larger once more.
+        for more in [|pages| pages, short_of] {
+            let more = more(pages);
+            if !grow(more) {
+                shrink(added);
+                println!("left out: {pages} huge pages cannot be reserved on this machine");
+                return None;
+            }
+            added += more;
         }
+        let pages = added;
         let pid = std::process::id();
         let line = format!("{pid} {} {pages}", started(pid).unwrap());
         ledger.entries.push(line.clone());

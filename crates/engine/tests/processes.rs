@@ -291,12 +291,8 @@ fn a_storm_of_signals_loses_no_fault() {
         on(libc::SIGUSR1, count);
         for kind in [COPIED_64K, HUGE_PAGES] {
             let region = slow(kind, Duration::from_millis(2));
-            let file = std::fs::OpenOptions::new()
-                .write(true)
-                .open("/dev/null")
-                .unwrap();
-            use std::os::fd::AsRawFd;
-            let null = file.as_raw_fd();
+            // SAFETY: a new descriptor, which is never closed.
+            let kept = unsafe { libc::memfd_create(c"written".as_ptr(), libc::MFD_CLOEXEC) };
             let ids = userfault_engine::lock::Mutex::new(Vec::new());
             thread::scope(|scope| {
                 let touchers: Vec<_> = (0..3usize)
@@ -311,7 +307,7 @@ fn a_storm_of_signals_loses_no_fault() {
                                     if toucher == 0 {
                                         // A system call that sleeps in the fault.
                                         assert_eq!(
-                                            touch::pwrite_from(region, at, 100, null, 0),
+                                            touch::pwrite_from(region, at, 100, kept, 0),
                                             100
                                         );
                                     }

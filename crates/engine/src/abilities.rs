@@ -12,8 +12,9 @@
 //! One more thing differs, and nothing takes its place: since 6.14 the kernel frees page tables whose whole span
 //! is unmapped; before, they stay until the region is closed, and are counted for as long.
 //!
-//! USERFAULT_WITHOUT in the environment names those to do without, for instance "wp_async,poison". It is read
-//! once, when the engine comes to life.
+//! USERFAULT_WITHOUT in the environment names those to do without, for instance "wp_async,poison". `hugetlb` in it
+//! leaves the machine's pool of huge pages to others, who may need all of it: huge pages then come from a
+//! private tmpfs. It is read once, when the engine comes to life.
 
 use userfault_uffd::abi::{
     UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_HUGETLBFS,
@@ -48,6 +49,8 @@ pub struct Abilities {
     pub poison: bool,
     /// Unmapping all that a page table maps frees the table.
     pub frees_tables: bool,
+    /// Pages may be taken from the machine's pool of huge pages.
+    pub hugetlb: bool,
 }
 
 impl Abilities {
@@ -56,6 +59,7 @@ impl Abilities {
         continue_protects: true,
         poison: true,
         frees_tables: true,
+        hugetlb: true,
     };
 
     /// What is left when a list of names is taken away. An unknown name is an error: a test that misspells
@@ -71,9 +75,11 @@ impl Abilities {
                 "wp_async" => left.wp_async = false,
                 "continue_wp" => left.continue_protects = false,
                 "poison" => left.poison = false,
+                "hugetlb" => left.hugetlb = false,
                 _ => {
                     return Err(Error::Invalid(format!(
-                        "{WITHOUT} names {name:?}; what can be done without is wp_async, continue_wp and poison"
+                        "{WITHOUT} names {name:?}; what can be done without is wp_async, continue_wp, poison \
+                         and hugetlb"
                     )));
                 }
             }
@@ -87,6 +93,7 @@ impl Abilities {
             continue_protects: self.continue_protects && other.continue_protects,
             poison: self.poison && other.poison,
             frees_tables: self.frees_tables && other.frees_tables,
+            hugetlb: self.hugetlb && other.hugetlb,
         }
     }
 
@@ -96,6 +103,7 @@ impl Abilities {
             (self.wp_async, "wp_async"),
             (self.continue_protects, "continue_wp"),
             (self.poison, "poison"),
+            (self.hugetlb, "hugetlb"),
         ]
         .into_iter()
         .filter_map(|(there, name)| (!there).then_some(name))
@@ -126,6 +134,7 @@ impl Abilities {
             frees_tables: frees_tables(
                 &std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default(),
             ),
+            hugetlb: true,
         };
         Ok((uffd, found.and(asked)))
     }
@@ -171,6 +180,10 @@ mod tests {
         assert_eq!(
             Abilities::without("continue_wp").unwrap().missing(),
             ["continue_wp"]
+        );
+        assert_eq!(
+            Abilities::without("hugetlb").unwrap().missing(),
+            ["hugetlb"]
         );
     }
 

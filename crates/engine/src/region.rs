@@ -96,12 +96,17 @@ fn shape(options: &RegionOptions, store: &dyn Store, limit: u64) -> Result<Shape
     }
 }
 
-fn memory(options: &RegionOptions, shape: &Shape, limit: u64) -> Result<Memory, Error> {
+fn memory(
+    engine: &Engine,
+    options: &RegionOptions,
+    shape: &Shape,
+    limit: u64,
+) -> Result<Memory, Error> {
     let writable = options.access != Access::ReadOnly;
     let length = |page: usize| (options.len as usize).next_multiple_of(page);
     if shape.huge {
         let wanted = (options.len.min(limit)).div_ceil(HUGE as u64);
-        let hugetlb = hugetlb_free() >= wanted;
+        let hugetlb = engine.abilities.hugetlb && hugetlb_free() >= wanted;
         let first = if hugetlb {
             Memory::new(Kind::Hugetlb, length(HUGE), writable)
         } else {
@@ -164,7 +169,7 @@ impl Region {
                 options.len, shape.block
             )));
         }
-        let memory = memory(&options, &shape, limit)?;
+        let memory = memory(engine, &options, &shape, limit)?;
         // A recording may hold regions to less than they asked for; their shape is the same.
         let own_limit = trace::limit().or(options.memory_limit);
         let own_pool = own_limit.map(|limit| Arc::new(Pool::new(limit)));

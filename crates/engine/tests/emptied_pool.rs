@@ -29,7 +29,9 @@ fn huge_pages_that_others_take_are_waited_for() {
     let test = "huge_pages_that_others_take_are_waited_for";
     if !apart::is_child(test) {
         let limit = std::time::Duration::from_secs(100);
-        if let Some(ended) = huge_pages::with(24, || apart::again(test, limit, &[])) {
+        if let Some(ended) = huge_pages::with(24, || {
+            apart::again(test, limit, &[(apart::HUGE_PAGES, "1")])
+        }) {
             apart::check(test, &ended);
         }
         return;

@@ -288,6 +288,11 @@ fn kill_again_and_again(name: &str, kind: Kind, way: Way, blocks: usize) {
     if apart::is_child(name) {
         return child(name, kind, way, blocks);
     }
+    let environment: &[_] = if kind.name == HUGETLB.name {
+        &[(apart::HUGE_PAGES, "1")]
+    } else {
+        &[]
+    };
     let kills = std::env::var("USERFAULT_KILLS").map_or(KILLS, |text| text.parse().unwrap());
     let pages = blocks * kind.block / SMALL;
     let (data, notes_path) = files(name);
@@ -304,7 +309,7 @@ fn kill_again_and_again(name: &str, kind: Kind, way: Way, blocks: usize) {
     for kill in 0..kills {
         notes.set_writes(0);
         let start = notes.all(Notes::COVERED);
-        let mut child = apart::start(name);
+        let mut child = apart::start(name, environment);
         let began = Instant::now();
         // Every other kill comes after a flush has returned; the rest may come before the first one has.
         let not_before = Duration::from_millis(random.below(120) as u64);

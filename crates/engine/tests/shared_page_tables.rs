@@ -166,7 +166,9 @@ fn a_region_that_another_process_mapped_first_skips_no_fault() {
     }
     if !apart::is_child(test) {
         let limit = std::time::Duration::from_secs(60);
-        let ended = huge_pages::with(24, || apart::again(test, limit, &[]));
+        let ended = huge_pages::with(24, || {
+            apart::again(test, limit, &[(apart::HUGE_PAGES, "1")])
+        });
         if let Some(ended) = ended {
             print!("{}", ended.output);
             apart::check(test, &ended);

@@ -127,7 +127,7 @@ def userfaultfd_findings(machine: Machine, attempts: Mapping[Way, Attempt], scan
         findings += [_feature(name, bit, features) for name, bit in _FEATURES.items()]
     findings.append(_pagemap_scan(scan))
     if without := os.environ.get(WITHOUT):
-        why = f"{WITHOUT} is set: regions do without these, as on an older kernel."
+        why = f"{WITHOUT} is set: regions do without these."
         findings.append(Finding(TOPIC, "left out", "fact", without, why))
     return findings
 

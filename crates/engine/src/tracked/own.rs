@@ -62,7 +62,8 @@ impl Tracked {
         match pages {
             Pages::Small => Tracked::of(engine, len, TrackedKind::Small),
             Pages::Huge => {
-                if hugetlb_free() >= len.div_ceil(HUGE) as u64
+                if engine.abilities.hugetlb
+                    && hugetlb_free() >= len.div_ceil(HUGE) as u64
                     && let Ok(memory) = Tracked::of(engine, len, TrackedKind::Hugetlb)
                 {
                     return Ok(memory);

@@ -11,8 +11,11 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use userfault_engine::abilities::WITHOUT;
+
 const CHILD: &str = "USERFAULT_TEST_APART";
-const HUGE_PAGES: &str = "USERFAULT_TEST_HUGE_PAGES";
+/// Set in a child that has huge pages of its own.
+pub const HUGE_PAGES: &str = "USERFAULT_TEST_HUGE_PAGES";
 
 /// Pages of 2 MiB that a child is given: more than its regions need, since others may take some.
 pub const HUGE_PAGES_EACH: u64 = 128;
@@ -75,6 +78,7 @@ pub fn attempt(name: &str, limit: Duration, environment: &[(&str, &str)]) -> End
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(CHILD, name)
         .env("RUST_BACKTRACE", "0")
+        .env(WITHOUT, without(environment))
         .envs(environment.iter().copied())
         .stdin(Stdio::null())
         .stdout(output.try_clone().unwrap())
@@ -106,11 +110,23 @@ pub fn attempt(name: &str, limit: Duration, environment: &[(&str, &str)]) -> End
     }
 }
 
+/// What a child does without: pages of the machine's pool, unless it was made larger for it. Whoever takes
+/// those that another test asked for starves that test, or is starved when it gives them back.
+fn without(environment: &[(&str, &str)]) -> String {
+    let without = std::env::var(WITHOUT).unwrap_or_default();
+    if environment.iter().any(|(name, _)| *name == HUGE_PAGES) {
+        return without;
+    }
+    format!("{without},hugetlb")
+}
+
 /// Starts the test `name` in a child that its starter kills, and whose output nobody reads.
-pub fn start(name: &str) -> std::process::Child {
+pub fn start(name: &str, environment: &[(&str, &str)]) -> std::process::Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(CHILD, name)
+        .env(WITHOUT, without(environment))
+        .envs(environment.iter().copied())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::inherit())

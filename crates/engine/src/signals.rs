@@ -89,7 +89,8 @@ pub(crate) fn shield() -> Option<Shield> {
             for signal in RAISED_BY_ITSELF {
                 libc::sigdelset(blocked.as_mut_ptr(), signal);
             }
-            libc::pthread_sigmask(libc::SIG_SETMASK, blocked.as_ptr(), before.as_mut_ptr());
+            // What the thread itself has blocked stays so.
+            libc::pthread_sigmask(libc::SIG_BLOCK, blocked.as_ptr(), before.as_mut_ptr());
         }
         BEFORE.set(before);
     }
@@ -138,5 +139,25 @@ mod tests {
         assert!(blocked(libc::SIGALRM));
         drop(second);
         assert!(!blocked(libc::SIGALRM));
+    }
+
+    #[test]
+    fn what_the_thread_has_blocked_itself_stays_blocked() {
+        need_shields();
+        let set = |how| {
+            let mut set = MaybeUninit::uninit();
+            // SAFETY: the set is made empty first.
+            unsafe {
+                libc::sigemptyset(set.as_mut_ptr());
+                libc::sigaddset(set.as_mut_ptr(), libc::SIGBUS);
+                libc::pthread_sigmask(how, set.as_ptr(), std::ptr::null_mut());
+            }
+        };
+        set(libc::SIG_BLOCK);
+        let shield = shield();
+        assert!(blocked(libc::SIGBUS));
+        drop(shield);
+        assert!(blocked(libc::SIGBUS));
+        set(libc::SIG_UNBLOCK);
     }
 }

@@ -83,14 +83,14 @@ def resident(options: argparse.Namespace) -> dict[str, float]:
         return {"value": amount / min(took), **region.facts()}
 
 
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
+def sort_part(address: int, words: int) -> None:
+    """NumPy's own sort, as a function that C can call; it leaves the interpreter lock while it sorts."""
+    np.ctypeslib.as_array((ctypes.c_uint64 * words).from_address(address)).sort()
+
+
 def sort(options: argparse.Namespace) -> dict[str, float]:
     """Seconds to sort the file in place and make it durable."""
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
-    def sort_part(address: int, words: int) -> None:
-        # Leaves the interpreter lock while it sorts.
-        np.frombuffer((ctypes.c_uint64 * words).from_address(address), np.uint64).sort()
-
     with opened(options, write=True) as region:
         begin = time.perf_counter()
         library("sort").sort_words(

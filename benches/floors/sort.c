@@ -311,7 +311,8 @@ static void *sort_by_team(void *argument)
 {
     struct team team = *(struct team *)argument;
     if (team.threads == 1 || team.n < 4 * PIECE) {
-        team.alone(team.a, team.n);
+        if (team.n > 1)
+            team.alone(team.a, team.n);
         return NULL;
     }
     size_t below = partition_together(team.a, team.n, choose_pivot(team.a, team.n), team.threads);

@@ -19,23 +19,24 @@ from benches.compare import Bar, Comparison, Contestant, Result, clean_environme
 from benches.files import fresh, is_sorted
 from benches.measurements import COMPARISONS
 from benches.native import library
-from benches.workloads import zipf_trace
+from benches.workloads import sort_part, zipf_trace
 
 from benches import compare, report
 
 MIB = 1 << 20
 
 
-def sort(words: np.ndarray, threads: int) -> None:
+def sort(words: np.ndarray, threads: int, alone: object) -> None:
     library("sort").sort_words(
-        ctypes.c_void_p(words.ctypes.data), ctypes.c_uint64(words.size), ctypes.c_int(threads)
+        ctypes.c_void_p(words.ctypes.data), ctypes.c_uint64(words.size), ctypes.c_int(threads), alone
     )
 
 
+@pytest.mark.parametrize("alone", [None, sort_part], ids=["here", "numpy"])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("size", [0, 1, 25, 1000, 8192 * 4, 300_001])
 @pytest.mark.parametrize("kind", ["random", "few values", "descending", "sorted", "all greatest"])
-def test_the_sort_sorts(kind: str, size: int, threads: int) -> None:
+def test_the_sort_sorts(kind: str, size: int, threads: int, alone: object) -> None:
     random = np.random.default_rng(size)
     words = {
         "random": random.integers(0, 2**64 - 1, size, dtype=np.uint64),
@@ -45,7 +46,7 @@ def test_the_sort_sorts(kind: str, size: int, threads: int) -> None:
         "all greatest": np.full(size, 2**64 - 1, dtype=np.uint64),
     }[kind]
     expected = np.sort(words)
-    sort(words, threads)
+    sort(words, threads, alone)
     assert (words == expected).all()
 
 

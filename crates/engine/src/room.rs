@@ -20,6 +20,7 @@ use crate::limit::{CGROUP_MARGIN, Cgroup};
 use crate::memory::Kind;
 use crate::policy::{Queue, Rank, Seat};
 use crate::pool::{Pool, Victim};
+use crate::staging;
 use crate::workers::Lead;
 
 /// A shrinking limit gives up when nothing has left memory for so long.
@@ -361,6 +362,7 @@ impl Engine {
     }
 
     fn shrink_now(&'static self) {
+        staging::shrink(self);
         let mut lead = Lead::none(self);
         let (mut progress, mut passed) = (Instant::now(), 0);
         while self.pool.over() && progress.elapsed() < NOTHING_LEAVES {
@@ -416,14 +418,15 @@ impl Engine {
                 let state = self
                     .by_id(seat.region)
                     .map(|body| body.lock().state(seat.block));
-                let fits = match queue {
-                    Queue::Resting => state == Some(State::Resting),
-                    _ => matches!(
-                        state,
-                        Some(State::Resident | State::Cleaning | State::Writing | State::Filling)
-                    ),
+                // While a block is cleaned or written to, its state does not say whether it is mapped or rests.
+                let owned = matches!(state, Some(State::Cleaning | State::Writing));
+                let rests = queue == Queue::Resting;
+                let fits = match state {
+                    Some(State::Resting) => rests,
+                    Some(State::Resident | State::Filling) => !rests,
+                    _ => owned,
                 };
-                fits && seen.insert(seat)
+                fits && seen.insert((seat, rests))
             });
         }
     }

@@ -64,6 +64,45 @@ impl Staging {
         shelf.push(buffer);
         None
     }
+
+    /// Takes off the shelf what there is no place for any more, the oldest first.
+    fn take_beyond(&self, place: u64) -> Vec<Buffer> {
+        let mut shelf = self.shelf.lock();
+        let mut beyond = Vec::new();
+        let mut there: u64 = shelf.iter().map(|buffer| buffer.bytes.len() as u64).sum();
+        while there > place {
+            let oldest = shelf.remove(0);
+            there -= oldest.bytes.len() as u64;
+            beyond.push(oldest);
+        }
+        beyond
+    }
+}
+
+/// Bytes that may lie on the shelf.
+fn place(engine: &Engine) -> u64 {
+    (engine.pool.figures().limit / SHELF_SHARE).clamp(SHELF.0, SHELF.1)
+}
+
+fn let_go(engine: &Engine, buffer: Buffer) {
+    let bytes = buffer.bytes.len() as u64;
+    drop(buffer);
+    engine.staging.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    engine.pool.discharge(bytes);
+}
+
+/// To be called when the limit has become smaller.
+pub(crate) fn shrink(engine: &Engine) {
+    // What is charged raises a limit that is too small for it: each buffer that goes may leave less place.
+    loop {
+        let beyond = engine.staging.take_beyond(place(engine));
+        if beyond.is_empty() {
+            return;
+        }
+        for buffer in beyond {
+            let_go(engine, buffer);
+        }
+    }
 }
 
 /// A buffer that is lent. Its content is whatever was there.
@@ -118,12 +157,9 @@ impl DerefMut for Lent<'_> {
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
         let engine = self.engine;
-        let place = (engine.pool.figures().limit / SHELF_SHARE).clamp(SHELF.0, SHELF.1);
         let buffer = self.buffer.take().expect("lent");
-        if let Some(gone) = engine.staging.put(buffer, place) {
-            let bytes = gone.bytes.len() as u64;
-            engine.staging.bytes.fetch_sub(bytes, Ordering::Relaxed);
-            engine.pool.discharge(bytes);
+        if let Some(gone) = engine.staging.put(buffer, place(engine)) {
+            let_go(engine, gone);
         }
     }
 }

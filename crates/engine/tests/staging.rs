@@ -71,6 +71,13 @@ fn buffers_between_stores_and_memory_count_against_the_limit_and_do_not_pile_up(
         wait_until("little is kept of what a write needed", || {
             stats().staging <= 1 << 20
         });
+        // A larger limit has a larger shelf, which a smaller one takes back.
+        set_memory_limit(Some(256 << 20)).unwrap();
+        region.pwrite(&vec![2; 3 << 20], 5).unwrap();
+        set_memory_limit(Some((most * kind.block) as u64)).unwrap();
+        wait_until("the shelf is as small as before", || {
+            stats().staging <= 1 << 20
+        });
         region.close().unwrap();
         wait_until("nothing but buffers is used", || {
             let stats = stats();

@@ -187,8 +187,7 @@ def _sort(where: str, threads: int) -> Comparison:
         name=f"sort-{where}-{threads}",
         title=f"Sort 1 GiB of uint64 through 256 MiB, file {'on disk' if where == 'disk' else 'in tmpfs'}, "
         f"{threads} threads",
-        text="A parallel quicksort in place, each thread's part by numpy.ndarray.sort, until the file is durable. "
-        + text,
+        text=f"A parallel quicksort in place, parts by numpy.ndarray.sort, until the file is durable. {text}",
         workload=("sort", *shared),
         unit="s",
         better="less",

@@ -83,10 +83,12 @@ def resident(options: argparse.Namespace) -> dict[str, float]:
         return {"value": amount / min(took), **region.facts()}
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
-def sort_part(address: int, words: int) -> None:
-    """NumPy's own sort, as a function that C can call; it leaves the interpreter lock while it sorts."""
+def _sort_part(address: int, words: int) -> None:
     np.ctypeslib.as_array((ctypes.c_uint64 * words).from_address(address)).sort()
+
+
+sort_part = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)(_sort_part)
+"""NumPy's own sort, as a function that C can call; it leaves the interpreter lock while it sorts."""
 
 
 def sort(options: argparse.Namespace) -> dict[str, float]:

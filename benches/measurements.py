@@ -187,11 +187,12 @@ def _sort(where: str, threads: int) -> Comparison:
         name=f"sort-{where}-{threads}",
         title=f"Sort 1 GiB of uint64 through 256 MiB, file {'on disk' if where == 'disk' else 'in tmpfs'}, "
         f"{threads} threads",
-        text=f"A parallel quicksort in place, parts by numpy.ndarray.sort, until the file is durable. {text}",
+        text=f"A parallel quicksort in place, parts by numpy.ndarray.sort, until the file is durable. "
+        f"The floor has 1 GiB of memory and has read the file before. {text}",
         workload=("sort", *shared),
         unit="s",
         better="less",
-        contestants=(*mmap, umap, *ours),
+        contestants=(Contestant("loaded before", "floor", _memory("loaded")), *mmap, umap, *ours),
         bars=bars,
         rounds=3,
         file=partial(fresh, folder, SORT),

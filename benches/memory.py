@@ -118,7 +118,7 @@ def _mmap(
 def _loaded(
     variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
 ) -> Iterator[Memory]:
-    """All of the file in private memory, read before anything is measured: what the work takes without paging."""
+    """All of the file in private memory, read before anything is measured: the work without paging."""
     assert path
     array = np.fromfile(path, np.uint8, length)
 

@@ -195,11 +195,7 @@ fn a_read_that_does_not_come_back_is_given_up_and_its_memory_waits_for_it() {
             let began = Instant::now();
             let error = region.prefetch(&[(start, 1)]).unwrap().wait().unwrap_err();
             assert!(error.to_string().contains("has not come back"), "{error}");
-            assert!(
-                began.elapsed() < Duration::from_secs(5),
-                "{:?}",
-                began.elapsed()
-            );
+            assert!(began.elapsed() < apart::seconds(5), "{:?}", began.elapsed());
             let used = userfault_engine::stats().used;
             assert!(used >= kind.block as u64, "its memory was given to others");
             let error = region.heal(start, 1).unwrap_err();
@@ -376,11 +372,7 @@ fn a_full_disk_does_not_stop_readers() {
                     assert_eq!(touch::read(region, at), pattern(at));
                 }
             }
-            assert!(
-                began.elapsed() < Duration::from_secs(5),
-                "{:?}",
-                began.elapsed()
-            );
+            assert!(began.elapsed() < apart::seconds(5), "{:?}", began.elapsed());
             let refused = faulty
                 .store
                 .calls()

@@ -70,6 +70,11 @@ fn time_scale() -> f64 {
     std::env::var("USERFAULT_TIME_SCALE").map_or(1.0, |text| text.parse().unwrap())
 }
 
+/// A limit in seconds of a test's own, as long as this machine needs it to be.
+pub fn seconds(limit: u64) -> Duration {
+    Duration::from_secs(limit).mul_f64(time_scale())
+}
+
 /// As [`again`], but to be late is an answer too.
 pub fn attempt(name: &str, limit: Duration, environment: &[(&str, &str)]) -> Ended {
     let limit = limit.mul_f64(time_scale());

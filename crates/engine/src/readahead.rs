@@ -6,6 +6,10 @@
 //! at a few entries; a walk that stops is forgotten when its entry is needed. Forward, backward and strided
 //! walks are one rule: the step between the first two faults.
 //!
+//! Whether it pays is seen by the same faults: a window was worth bringing in if the walk went on behind it. Where
+//! more of them are left behind than followed, a walk has to be longer before it is believed, so that a program
+//! that jumps after every few blocks reads next to nothing in vain; the first long walk changes that again.
+//!
 //! Nothing here touches memory or the kernel: [`Walks::fault`] is a pure function of what it has seen.
 
 /// Walks that are remembered for a region.
@@ -13,6 +17,13 @@ const WALKS: usize = 16;
 
 /// The longest step between two touches of a walk, blocks.
 const LONGEST_STEP: i64 = 32;
+
+/// What is kept of how many windows were followed, less those left behind: it begins at the most, so that a few
+/// that are left behind do not yet tell.
+const CREDIT: i32 = 4;
+
+/// Steps that a walk takes before its first window where windows do not pay; else it is one.
+const STEPS_TO_BELIEVE: u32 = 8;
 
 /// Bytes that are brought in ahead at most, whatever the block.
 pub const LONGEST_WINDOW: u64 = 16 << 20;
@@ -38,16 +49,40 @@ struct Walk {
     last: i64,
     /// 0: only one fault was seen.
     step: i64,
+    /// The window that was asked for last; 0 if none was.
     window: u32,
+    /// Steps that were seen one after the other, before the first window.
+    steps: u32,
     /// When it was seen last, by the count of faults.
     seen: u64,
 }
 
+impl Walk {
+    /// True if `block` lies in the window that was asked for.
+    fn has_asked_for(&self, block: i64) -> bool {
+        let back = self.last - block;
+        self.window > 0
+            && back % self.step == 0
+            && (0..i64::from(self.window)).contains(&(back / self.step))
+    }
+}
+
 /// The walks in a region.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Walks {
     walks: [Walk; WALKS],
     faults: u64,
+    credit: i32,
+}
+
+impl Default for Walks {
+    fn default() -> Walks {
+        Walks {
+            walks: Default::default(),
+            faults: 0,
+            credit: CREDIT,
+        }
+    }
 }
 
 /// What to bring in: `count` blocks from `first` on, `step` apart.
@@ -82,17 +117,34 @@ impl Walks {
             .filter(mine)
             .find(|walk| walk.step != 0 && walk.last + walk.step == block)
         {
+            if walk.window > 0 {
+                self.credit = (self.credit + 1).min(CREDIT);
+            }
+            walk.seen = self.faults;
+            walk.steps = walk.steps.saturating_add(1);
+            if self.credit < 0 && walk.steps < STEPS_TO_BELIEVE && advice != Advice::Sequential {
+                walk.last = block;
+                return None;
+            }
             walk.window = match advice {
                 Advice::Sequential => longest,
                 _ => (walk.window * 2).clamp(2, longest.max(2)).min(longest),
             };
-            walk.seen = self.faults;
             walk.last = block + walk.step * i64::from(walk.window);
             return Some(Window {
                 first: block + walk.step,
                 step: walk.step,
                 count: walk.window,
             });
+        }
+        // It was touched before it came: the walk goes on as it was.
+        if self
+            .walks
+            .iter_mut()
+            .filter(mine)
+            .any(|walk| walk.has_asked_for(block))
+        {
+            return None;
         }
         // Close to where this thread was last: the beginning of a walk, perhaps.
         let near = self
@@ -102,26 +154,24 @@ impl Walks {
             .filter(|walk| walk.last != block && (walk.last - block).abs() <= LONGEST_STEP)
             .max_by_key(|walk| walk.seen);
         let seen = self.faults;
-        if let Some(walk) = near {
-            *walk = Walk {
-                thread,
-                last: block,
-                step: block - walk.last,
-                window: 0,
-                seen,
-            };
-            return None;
+        let (walk, step) = if let Some(walk) = near {
+            let step = block - walk.last;
+            (walk, step)
+        } else {
+            let oldest = self.walks.iter_mut().min_by_key(|walk| walk.seen)?;
+            (oldest, i64::from(advice == Advice::Sequential))
+        };
+        if walk.window > 0 {
+            self.credit = (self.credit - 1).max(-CREDIT);
         }
-        if let Some(oldest) = self.walks.iter_mut().min_by_key(|walk| walk.seen) {
-            let step = if advice == Advice::Sequential { 1 } else { 0 };
-            *oldest = Walk {
-                thread,
-                last: block,
-                step,
-                window: 0,
-                seen,
-            };
-        }
+        *walk = Walk {
+            thread,
+            last: block,
+            step,
+            window: 0,
+            steps: 0,
+            seen,
+        };
         None
     }
 }
@@ -177,6 +227,71 @@ mod tests {
                 .map_or(0, |window| window.count);
         }
         assert!(brought < 100, "{brought} blocks");
+    }
+
+    /// Blocks that are brought in for runs of so many blocks at random places, all of them touched.
+    fn brought(walks: &mut Walks, runs: u32, length: u32, advice: Advice) -> u32 {
+        let mut brought = 0;
+        for run in 0..runs {
+            let start = run.wrapping_mul(2_654_435_761) >> 8;
+            let mut there = 0..0;
+            for block in start..start + length {
+                if !there.contains(&block)
+                    && let Some(window) = walks.fault(1, block, 16, advice)
+                {
+                    brought += window.count;
+                    there = window.first as u32..window.first as u32 + window.count;
+                }
+            }
+        }
+        brought
+    }
+
+    #[test]
+    fn what_is_left_behind_again_and_again_is_not_brought_in_any_more() {
+        let mut walks = Walks::default();
+        let (first, later) = (
+            brought(&mut walks, 100, 3, Advice::Normal),
+            brought(&mut walks, 1000, 3, Advice::Normal),
+        );
+        assert!(first > 0, "three in a row looked like a walk");
+        assert_eq!(later, 0);
+        // Who walks far is believed again, and goes on to be.
+        let walked = brought(&mut walks, 1, 2000, Advice::Normal);
+        assert!(walked > 1850, "{walked}");
+        let many = brought(&mut walks, 100, 200, Advice::Normal);
+        assert!(many > 100 * 180, "{many}");
+        // Advice needs no belief.
+        let (mut doubted, mut advised) = (Walks::default(), Walks::default());
+        brought(&mut doubted, 100, 3, Advice::Normal);
+        assert_eq!(
+            brought(&mut doubted, 10, 20, Advice::Sequential),
+            brought(&mut advised, 10, 20, Advice::Sequential)
+        );
+    }
+
+    #[test]
+    fn a_touch_of_what_is_on_its_way_does_not_disturb_the_walk() {
+        for step in [1i64, -1, 5] {
+            let mut walks = Walks::default();
+            let place = |n: i64| (10_000 + n * step) as u32;
+            let mut next = 2;
+            let mut window = None;
+            for n in 0..=next {
+                window = walks.fault(1, place(n), 16, Advice::Normal);
+            }
+            for _ in 0..6 {
+                let asked = window.expect("the walk is known");
+                assert_eq!(asked.step, step);
+                // None of it is there yet when it is touched.
+                for n in 1..=i64::from(asked.count) {
+                    assert_eq!(walks.fault(1, place(next + n), 16, Advice::Normal), None);
+                }
+                next += i64::from(asked.count) + 1;
+                window = walks.fault(1, place(next), 16, Advice::Normal);
+            }
+            assert_eq!(window.map(|window| window.count), Some(16));
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -44,7 +45,7 @@ except ValueError as error:
 """
     told = run_child(program, env=without("wp_sync")).stdout
     assert "'wp_sync'" in told.replace('"', "'")
-    assert "wp_async, continue_wp and poison" in told
+    assert "wp_async, continue_wp, poison and hugetlb" in told
 
 
 def test_the_first_write_to_a_page_is_a_message_and_a_walk_costs_few(run_child: RunChild) -> None:
@@ -149,3 +150,18 @@ with userfault.open(userfault.MemoryStore(1 << 20), "r+", block="64KiB") as regi
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     environment = without("wp_async") | {"PYTHONDONTWRITEBYTECODE": "1"}
     assert run_child(program, env=environment, prefix=nobody).stdout == "Bad address\n"
+
+
+def test_without_hugetlb_the_machines_pool_is_left_to_others(
+    run_child: RunChild, hugepages: Callable[[int], None]
+) -> None:
+    program = """
+import numpy as np, userfault
+with userfault.open(userfault.MemoryStore(8 << 20), "r+", pages="2MiB", memory_limit="8MiB") as region:
+    region.ndarray("u1")[:] = 1
+    print(region.pages)
+print(userfault.zeros(4 << 20, "u1", track=True, pages="2MiB").sum(), *userfault.stats().without)
+"""
+    hugepages(16)
+    assert run_child(program).stdout.splitlines() == ["2MiB hugetlb", "0"]
+    assert run_child(program, env=without("hugetlb")).stdout.splitlines() == ["2MiB tmpfs", "0 hugetlb"]

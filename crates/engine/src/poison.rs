@@ -31,6 +31,13 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
         body.name,
         body.store.0.name(),
     ));
+    body.lock().errors.push(BlockError {
+        offset,
+        len,
+        errno: cause.raw_os_error().unwrap_or(0),
+        message: cause.to_string(),
+        time: SystemTime::now(),
+    });
     if let Err(error) = body.backing.poison(engine, body, block) {
         // Without the marker the toucher would only ask again, for ever: make the memory itself say no.
         let instead = body.backing.forbid(body, block);
@@ -39,17 +46,7 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
             body.name
         ));
     }
-    {
-        let mut table = body.lock();
-        table.errors.push(BlockError {
-            offset,
-            len,
-            errno: cause.raw_os_error().unwrap_or(0),
-            message: cause.to_string(),
-            time: SystemTime::now(),
-        });
-        let _ = body.release(&mut table, block, State::Poisoned);
-    }
+    let _ = body.release(&mut body.lock(), block, State::Poisoned);
     engine.wake(body, block);
 }
 

@@ -47,7 +47,7 @@ tour: .venv/.ext ## watch NumPy work on a file larger than memory, and points of
 # engine with umap's defects in it, to see that each of them is found.
 test: .venv/.ext ## run every test, Rust's and then Python's
 	cargo test --release --workspace --exclude userfault-python
-	cargo test --release -p userfault-engine --features defects --test umap_defects --test halfway_copies
+	cargo test --release -p userfault-engine --features defects --test umap_defects --test halfway_copies --test flights
 	$(MAKE) older
 	$(BIN)/python -m pytest $(ARGS)
 

@@ -45,7 +45,7 @@ except ValueError as error:
 """
     told = run_child(program, env=without("wp_sync")).stdout
     assert "'wp_sync'" in told.replace('"', "'")
-    assert "wp_async, continue_wp, poison and hugetlb" in told
+    assert "wp_async, continue_wp, poison, hugetlb and aio" in told
 
 
 def test_the_first_write_to_a_page_is_a_message_and_a_walk_costs_few(run_child: RunChild) -> None:

@@ -8,6 +8,7 @@
 //! | `continue_wp` | 6.4 | mapped writable, protected, and compared with what it held (`kernel`) |
 //! | `poison` | 6.6 | a mapping of nothing over the block: a touch is SIGBUS all the same (`bar`) |
 //! | `wp_async` | 6.7 | the first write to a page is a message (`protect`) |
+//! | `aio` | 4.14, if allowed | a thread waits for each read (`flight`) |
 //!
 //! One more thing differs, and nothing takes its place: since 6.14 the kernel frees page tables whose whole span
 //! is unmapped; before, they stay until the region is closed, and are counted for as long.
@@ -51,6 +52,8 @@ pub struct Abilities {
     pub frees_tables: bool,
     /// Pages may be taken from the machine's pool of huge pages.
     pub hugetlb: bool,
+    /// Native asynchronous reads may be tried.
+    pub aio: bool,
 }
 
 impl Abilities {
@@ -60,6 +63,7 @@ impl Abilities {
         poison: true,
         frees_tables: true,
         hugetlb: true,
+        aio: true,
     };
 
     /// What is left when a list of names is taken away. An unknown name is an error: a test that misspells
@@ -76,10 +80,11 @@ impl Abilities {
                 "continue_wp" => left.continue_protects = false,
                 "poison" => left.poison = false,
                 "hugetlb" => left.hugetlb = false,
+                "aio" => left.aio = false,
                 _ => {
                     return Err(Error::Invalid(format!(
-                        "{WITHOUT} names {name:?}; what can be done without is wp_async, continue_wp, poison \
-                         and hugetlb"
+                        "{WITHOUT} names {name:?}; what can be done without is wp_async, continue_wp, poison, \
+                         hugetlb and aio"
                     )));
                 }
             }
@@ -94,6 +99,7 @@ impl Abilities {
             poison: self.poison && other.poison,
             frees_tables: self.frees_tables && other.frees_tables,
             hugetlb: self.hugetlb && other.hugetlb,
+            aio: self.aio && other.aio,
         }
     }
 
@@ -104,6 +110,7 @@ impl Abilities {
             (self.continue_protects, "continue_wp"),
             (self.poison, "poison"),
             (self.hugetlb, "hugetlb"),
+            (self.aio, "aio"),
         ]
         .into_iter()
         .filter_map(|(there, name)| (!there).then_some(name))
@@ -135,6 +142,8 @@ impl Abilities {
                 &std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default(),
             ),
             hugetlb: true,
+            // Whether it may be used is found out by the first read in flight.
+            aio: true,
         };
         Ok((uffd, found.and(asked)))
     }

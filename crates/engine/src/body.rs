@@ -4,6 +4,7 @@
 //! Lock order: `table`, then the pool's lock. No I/O while `table` is held.
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -63,6 +64,8 @@ pub(crate) struct Body {
     pub(crate) flushing: Mutex<()>,
     /// Until when evictions do not try the store again, milliseconds of the engine.
     refused_until: AtomicU32,
+    /// The store's file system cannot begin a read without waiting for it.
+    grounded: AtomicBool,
     /// Calls of the store that were declared hung and have not come back.
     pub(crate) stuck: Arc<AtomicUsize>,
     /// True once the view is gone.
@@ -186,6 +189,7 @@ impl Body {
             own_pool: plan.own_pool,
             flushing: Mutex::new(()),
             refused_until: AtomicU32::new(0),
+            grounded: AtomicBool::new(false),
             stuck: Arc::default(),
             view_gone: AtomicBool::new(false),
             given_back: AtomicU64::new(0),
@@ -386,6 +390,24 @@ impl Body {
             crate::stats::add(&self.counters.bytes_read, stored as u64);
         }
         Ok(read)
+    }
+
+    /// A descriptor from which a range can be read in flight.
+    pub(crate) fn direct(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
+        if self.read_turn.is_some() {
+            return None;
+        }
+        self.store.0.direct(offset, len)
+    }
+
+    /// True if the store's reads do not fly.
+    pub(crate) fn grounded(&self) -> bool {
+        self.grounded.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the store's file system cannot begin a read without waiting.
+    pub(crate) fn ground(&self) {
+        self.grounded.store(true, Ordering::Relaxed);
     }
 
     /// As [`Body::read_store`], in a handler of SIGBUS. False: the ordinary way has to read it.

@@ -27,15 +27,15 @@ const TICK: Duration = Duration::from_millis(20);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// A read that may hang.
-struct Watched {
+pub(crate) struct Watched {
     body: Arc<Body>,
     block: u32,
     ticket: u64,
     deadline: Instant,
 }
 
-/// One thread's place for the read it is in.
-type Slot = Arc<Mutex<Option<Watched>>>;
+/// The place for one read: that a thread is in, or that is in flight.
+pub(crate) type Slot = Arc<Mutex<Option<Watched>>>;
 
 thread_local! {
     static SLOT: RefCell<Option<(u32, Slot)>> = const { RefCell::new(None) };
@@ -109,17 +109,35 @@ impl Clock {
         block: u32,
         deadline: Instant,
     ) -> Watch {
-        let ticket = engine.tickets.fetch_add(1, Ordering::Relaxed);
         let generation = crate::fork::generation();
         let slot = SLOT.with_borrow_mut(|mine| match mine {
             Some((of, slot)) if *of == generation => slot.clone(),
             _ => {
-                let slot = Slot::default();
-                self.waiting.lock().slots.push(slot.clone());
+                let slot = self.slot();
                 *mine = Some((generation, slot.clone()));
                 slot
             }
         });
+        self.watch_in(&slot, engine, body, block, deadline)
+    }
+
+    /// A place for reads, one after the other.
+    pub(crate) fn slot(&self) -> Slot {
+        let slot = Slot::default();
+        self.waiting.lock().slots.push(slot.clone());
+        slot
+    }
+
+    /// Watches a read that begins now, in a place of its own.
+    pub(crate) fn watch_in(
+        &self,
+        slot: &Slot,
+        engine: &Engine,
+        body: &Arc<Body>,
+        block: u32,
+        deadline: Instant,
+    ) -> Watch {
+        let ticket = engine.tickets.fetch_add(1, Ordering::Relaxed);
         body.lock().reads.insert(block, ticket);
         *slot.lock() = Some(Watched {
             body: body.clone(),
@@ -131,7 +149,7 @@ impl Clock {
             self.ring.notify_one();
         }
         Watch {
-            slot,
+            slot: slot.clone(),
             block,
             ticket,
         }
@@ -197,6 +215,13 @@ impl Clock {
             waiting.asleep = !watching;
             self.ring.wait_until(&mut waiting, next);
             waiting.asleep = false;
+            if watching {
+                // Reads are given to the kernel once they are watched. The queues' locks are leaves, as this one is.
+                drop(waiting);
+                engine.workers.relieve(engine);
+                engine.touches.relieve(engine);
+                waiting = self.waiting.lock();
+            }
         }
     }
 }

@@ -5,7 +5,8 @@
 //! [`put_back`] is a constant, and the wrong rules are compiled out. `tests/umap_defects.rs` has a test for
 //! each, and a run that shows that exactly this one fails when its defect is there.
 //!
-//! The same build can also be told to do what only a machine out of memory does (`halfway_copies.rs`).
+//! The same build can also be told to do what only a machine out of memory does (`halfway_copies.rs`), or one with
+//! a disk that hangs (`flights.rs`).
 
 /// What umap does wrong. In the order of the tests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +44,7 @@ mod switch {
     use std::collections::HashMap;
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     use crate::lock::Mutex;
     use userfault_uffd::{OpenOptions, Uffd};
@@ -102,6 +104,27 @@ mod switch {
         .then_some(*bytes)
     }
 
+    fn milliseconds(variable: &str, cell: &'static OnceLock<Option<Duration>>) -> Option<Duration> {
+        *cell.get_or_init(|| {
+            let text = std::env::var(variable).ok()?;
+            Some(Duration::from_millis(text.parse().expect("milliseconds")))
+        })
+    }
+
+    /// With USERFAULT_SUBMISSION_HANGS=milliseconds: so long it takes to give reads to the kernel.
+    pub(crate) fn submission_hangs() {
+        static FOR: OnceLock<Option<Duration>> = OnceLock::new();
+        if let Some(long) = milliseconds("USERFAULT_SUBMISSION_HANGS", &FOR) {
+            std::thread::sleep(long);
+        }
+    }
+
+    /// With USERFAULT_ARRIVAL_IS_LATE=milliseconds: so much later reads in flight arrive.
+    pub(crate) fn arrival_is_late() -> Option<Duration> {
+        static BY: OnceLock<Option<Duration>> = OnceLock::new();
+        milliseconds("USERFAULT_ARRIVAL_IS_LATE", &BY)
+    }
+
     static ONE_FOR_EACH: Mutex<Option<HashMap<u32, Uffd>>> = Mutex::new(None);
 
     /// A descriptor that a region has for itself.
@@ -134,6 +157,14 @@ mod switch {
         None
     }
 
+    #[inline(always)]
+    pub(crate) const fn submission_hangs() {}
+
+    #[inline(always)]
+    pub(crate) const fn arrival_is_late() -> Option<std::time::Duration> {
+        None
+    }
+
     pub(crate) fn close_the_one_of(_region: u32) {}
 }
 
@@ -141,4 +172,6 @@ mod switch {
 pub use switch::put_back;
 #[cfg(not(feature = "defects"))]
 pub(crate) use switch::put_back;
-pub(crate) use switch::{close_the_one_of, copy_breaks_off_after, open_one_for};
+pub(crate) use switch::{
+    arrival_is_late, close_the_one_of, copy_breaks_off_after, open_one_for, submission_hangs,
+};

@@ -19,6 +19,7 @@ use crate::defects::{Defect, put_back};
 use crate::drain::Drain;
 use crate::errand::Errands;
 use crate::error::Error;
+use crate::flight::{Arrivals, Flights};
 use crate::fork::{self, Kept};
 use crate::inline::{InlineSource, Touches};
 use crate::limit;
@@ -54,6 +55,9 @@ pub(crate) struct Engine {
     /// The threads that answer what touching threads leave to others.
     pub(crate) touches: Workers,
     pub(crate) inline_source: InlineSource,
+    /// The threads that put in place what was read in flight.
+    pub(crate) arrivals: Workers,
+    pub(crate) flights: Flights,
     pub(crate) clock: Clock,
     pub(crate) drain: Drain,
     pub(crate) errands: Errands,
@@ -140,6 +144,8 @@ impl Engine {
             tracked: crate::tracked::Registry::default(),
             touches: Workers::of(&Touches),
             inline_source: InlineSource::default(),
+            arrivals: Workers::of(&Arrivals),
+            flights: Flights::new(),
             clock: Clock::default(),
             drain: Drain::default(),
             errands: Errands::default(),

@@ -114,13 +114,14 @@ fn written(touch: &Touch, body: &Body) -> Option<usize> {
 }
 
 impl Engine {
-    /// Does a task of the queue, on a thread that does not lead.
+    /// Does a task.
     pub(crate) fn perform(&'static self, task: Task, lead: &mut Lead) {
         match task {
             Task::Touch(touch) => self.answer(&touch, lead),
             Task::Fill(filling) => self.fill(filling, lead),
             Task::Ahead(body, window) => self.bring_in_ahead(&body, window, lead),
             Task::Push(body, from) => self.push(body, from, lead),
+            Task::Land(place, result) => self.land(place, result, lead),
         }
     }
 
@@ -336,9 +337,11 @@ impl Engine {
             }
             table.filling += 1;
         }
-        if self.fill_once(filling, lead) {
-            self.fill_ended(&body, &mut body.lock());
-        }
+        let Err(filling) = self.depart(filling, lead) else {
+            return;
+        };
+        let tried = body.backing.fill(self, &filling, lead);
+        self.end_try(filling, tried, lead);
     }
 
     /// Lets the next fill of a region begin.
@@ -350,12 +353,20 @@ impl Engine {
         }
     }
 
-    /// One try of a fill. False if the clock took the block away from it meanwhile.
-    fn fill_once(&'static self, mut filling: Filling, lead: &mut Lead) -> bool {
+    /// What follows from a try.
+    pub(crate) fn end_try(&'static self, filling: Filling, tried: Tried, lead: &mut Lead) {
+        let body = filling.body.clone();
+        if self.follow(filling, tried, lead) {
+            self.fill_ended(&body, &mut body.lock());
+        }
+    }
+
+    /// What follows from a try. False if the clock took the block away from it meanwhile.
+    fn follow(&'static self, mut filling: Filling, tried: Tried, lead: &mut Lead) -> bool {
         let body = filling.body.clone();
         let block = filling.block;
         let now = Instant::now();
-        let tried = match body.backing.fill(self, &filling, lead) {
+        let tried = match tried {
             Tried::Refused(error) => {
                 self.make_way(&body, filling.thread, lead);
                 filling.refused = Some(error);
@@ -442,6 +453,20 @@ impl Engine {
 
     /// Brings a block of this process's memory in.
     pub(crate) fn fill_here(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
+        if let Err(tried) = self.room_for(filling, lead) {
+            return tried;
+        }
+        let tried = if filling.body.by_copy() {
+            self.fill_by_copy(filling, lead)
+        } else {
+            self.fill_by_view(filling, lead)
+        };
+        self.settle(filling, &tried);
+        tried
+    }
+
+    /// Takes the memory of a block, or says how the try ends without it.
+    pub(crate) fn room_for(&'static self, filling: &Filling, lead: &mut Lead) -> Result<(), Tried> {
         let (body, block) = (&filling.body, filling.block);
         let bytes = body.block_len(block) as u64;
         // Whoever makes room may have to write, and a write may hang: the fault still has its deadline.
@@ -453,17 +478,15 @@ impl Engine {
                 self.give_back(body, bytes);
             }
             self.came_back(body, block);
-            return Tried::Abandoned;
+            return Err(Tried::Abandoned);
         }
-        if !room {
-            return Tried::NoRoom;
-        }
-        let tried = if body.by_copy() {
-            self.fill_by_copy(filling, lead)
-        } else {
-            self.fill_by_view(filling, lead)
-        };
-        match &tried {
+        if room { Ok(()) } else { Err(Tried::NoRoom) }
+    }
+
+    /// Ends the ownership of a block that was mapped, and gives it its place; or gives back its memory.
+    pub(crate) fn settle(&'static self, filling: &Filling, tried: &Tried) {
+        let (body, block) = (&filling.body, filling.block);
+        match tried {
             Tried::Mapped => {
                 let mut table = body.lock();
                 let memo = self.pool_of(body).brought_in(table.memo(block));
@@ -479,29 +502,16 @@ impl Engine {
                     .given(filling.thread, body.seat(block), self.now_ms());
             }
             Tried::NoRoom | Tried::Refused(_) | Tried::Failed(_) | Tried::Abandoned => {
-                self.give_back(body, bytes);
+                self.give_back(body, body.block_len(block) as u64);
             }
         }
-        tried
     }
 
     fn fill_by_copy(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
         let (body, block) = (&filling.body, filling.block);
         staging::with(self, body.block_len(block), |buffer| {
             match self.read(filling, buffer, lead) {
-                Ok(true) => {
-                    let mut placed = 0;
-                    match self
-                        .uncovered(body, block)
-                        .and_then(|()| self.map_copy(body, block, buffer, &mut placed))
-                    {
-                        Ok(()) => Tried::Mapped,
-                        Err(error) => match self.end_halfway(body, block, placed, buffer, lead) {
-                            Halfway::Whole => Tried::Mapped,
-                            Halfway::Dropped => refused(error),
-                        },
-                    }
-                }
+                Ok(true) => self.put_in_place(filling, buffer, lead),
                 Ok(false) => {
                     self.came_back(body, block);
                     Tried::Abandoned
@@ -509,6 +519,27 @@ impl Engine {
                 Err(error) => Tried::Failed(error),
             }
         })
+    }
+
+    /// Copies a block that was read into place.
+    pub(crate) fn put_in_place(
+        &'static self,
+        filling: &Filling,
+        bytes: &[u8],
+        lead: &mut Lead,
+    ) -> Tried {
+        let (body, block) = (&filling.body, filling.block);
+        let mut placed = 0;
+        match self
+            .uncovered(body, block)
+            .and_then(|()| self.map_copy(body, block, bytes, &mut placed))
+        {
+            Ok(()) => Tried::Mapped,
+            Err(error) => match self.end_halfway(body, block, placed, bytes, lead) {
+                Halfway::Whole => Tried::Mapped,
+                Halfway::Dropped => refused(error),
+            },
+        }
     }
 
     fn fill_by_view(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
@@ -553,7 +584,7 @@ impl Engine {
     }
 
     /// When a call of the store that begins now counts as lost.
-    fn deadline(&self, filling: &Filling) -> Instant {
+    pub(crate) fn deadline(&self, filling: &Filling) -> Instant {
         (filling.began + filling.body.retry_for).max(Instant::now() + LAST_TRY)
     }
 

@@ -10,6 +10,7 @@
 //! | `block` | the states of a block and the answers to faults, as pure functions |
 //! | `table`, `dirty` | where every block of a region is, and which pages differ from their home |
 //! | `workers`, `fill`, `halfway` | threads that read messages; what a fault means; bringing blocks in |
+//! | `flight`, `aio` | reads that the kernel does while nobody waits for them |
 //! | `policy` | who leaves memory next: pure, and run by the simulator in `sim/` |
 //! | `pool`, `room`, `limit` | who is in memory, under which limit, and that everybody gets on |
 //! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
@@ -42,6 +43,7 @@
 
 pub mod abilities;
 mod access;
+mod aio;
 mod backing;
 mod bar;
 pub mod block;
@@ -59,6 +61,7 @@ mod errand;
 mod error;
 mod evict;
 mod fill;
+mod flight;
 mod fork;
 mod futex;
 mod halfway;

@@ -3,13 +3,16 @@
 //! Exactly one thread, the leader, sleeps in read(2) on the userfaultfd. It answers what it read itself,
 //! without a hop to another thread, as long as that needs no waiting. Before it waits (for a store, for
 //! a write-back) it hands the lead, and the messages it has not answered yet, to another thread. So a
-//! fault that is answered from the page cache costs no wake-up, and a slow store stops nobody else.
+//! fault that is answered from the page cache costs no wake-up, and a slow store stops nobody else. A read that the
+//! kernel can do by itself is not waited for at all (see `flight`): the leader gives all that a batch of messages
+//! needs to the kernel at once, and stays the leader.
 //!
 //! All signals are blocked in these threads, and they live until the process ends. They never touch
 //! memory that they serve.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::lock::{Condvar, Mutex};
@@ -23,6 +26,7 @@ use crate::body::Body;
 use crate::clock::Watch;
 use crate::engine::Engine;
 use crate::fill::Filling;
+use crate::flight::Departing;
 use crate::inline::Request;
 use crate::readahead::Window;
 use crate::signals;
@@ -30,6 +34,9 @@ use crate::threads;
 
 /// Threads at most, beside those that a hung store holds.
 const MOST_THREADS: usize = 256;
+
+/// How long a leader may take to give reads to the kernel, milliseconds.
+const LONGEST_ABSENCE_MS: u32 = 20;
 
 /// Messages read at once.
 pub(crate) const BATCH: usize = 16;
@@ -105,6 +112,8 @@ pub(crate) enum Task {
     Ahead(Arc<Body>, Window),
     /// Bring in everything from a block on, a window at a time.
     Push(Arc<Body>, u32),
+    /// A read in flight has arrived: its place, and the bytes read or an error number below 0.
+    Land(u64, i64),
 }
 
 #[derive(Default)]
@@ -117,9 +126,9 @@ struct State {
 
 /// Where faults come from.
 pub(crate) trait FaultSource: Sync {
-    /// Sleeps until there is something, does with it what is nobody's fault, and appends the faults.
+    /// Sleeps until there is something, does with it what is nobody's fault, and appends what is to be done.
     /// Only the leader calls this.
-    fn next(&self, engine: &'static Engine, touches: &mut VecDeque<Touch>);
+    fn next(&self, engine: &'static Engine, tasks: &mut VecDeque<Task>);
 }
 
 /// The memory of this process: one userfaultfd, and nothing but faults.
@@ -132,7 +141,7 @@ pub(crate) enum Source {
 }
 
 impl FaultSource for Source {
-    fn next(&self, engine: &'static Engine, touches: &mut VecDeque<Touch>) {
+    fn next(&self, engine: &'static Engine, tasks: &mut VecDeque<Task>) {
         let uffd = match self {
             Source::Paging => &engine.uffd,
             Source::Guard => engine.tracked.guard().expect("served once it is open"),
@@ -148,7 +157,8 @@ impl FaultSource for Source {
             Err(error) => panic!("reading the userfaultfd: {error}"),
         };
         let read = Instant::now();
-        touches.extend(messages.filter_map(|message| Touch::from_message(&message, 0, read)));
+        let touch = |message: Message| Touch::from_message(&message, 0, read).map(Task::Touch);
+        tasks.extend(messages.filter_map(touch));
     }
 }
 
@@ -157,6 +167,39 @@ pub(crate) struct Workers {
     source: &'static dyn FaultSource,
     state: Mutex<State>,
     work: Condvar,
+    away: Away,
+}
+
+/// Since when the leader is with the kernel, giving reads to it, which should take no time. One that does not come
+/// back is relieved of the lead: whoever ends its absence first, the leader or the clock, decides.
+#[derive(Debug, Default)]
+struct Away {
+    /// 0, or a number of this absence and its beginning in milliseconds of the engine.
+    word: AtomicU64,
+    absences: AtomicU32,
+}
+
+impl Away {
+    /// The leader goes.
+    fn begin(&self, now: u32) -> u64 {
+        let number = self.absences.fetch_add(1, Ordering::Relaxed) | 1;
+        let absence = u64::from(number) << 32 | u64::from(now);
+        self.word.store(absence, Ordering::SeqCst);
+        absence
+    }
+
+    /// The leader is back. False: somebody else leads by now.
+    fn end(&self, absence: u64) -> bool {
+        self.word
+            .compare_exchange(absence, 0, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
+
+    /// True, once, if the leader has been away for too long.
+    fn is_too_long(&self, now: u32) -> bool {
+        let absence = self.word.load(Ordering::SeqCst);
+        absence != 0 && now.wrapping_sub(absence as u32) > LONGEST_ABSENCE_MS && self.end(absence)
+    }
 }
 
 /// The lead, as long as it is held.
@@ -165,7 +208,9 @@ pub(crate) struct Lead {
     workers: &'static Workers,
     engine: &'static Engine,
     held: bool,
-    unanswered: VecDeque<Touch>,
+    unanswered: VecDeque<Task>,
+    /// Reads that the kernel is given at the end of the batch.
+    departing: Vec<Departing>,
     /// The fill for which this thread makes room, and its deadline.
     pub(crate) on_behalf: Option<(Arc<Body>, u32, Instant)>,
     /// The deadline passed during a write: the fill's block is not ours any more.
@@ -198,8 +243,42 @@ impl Lead {
         Workers::without_lead(engine)
     }
 
+    /// True if this thread reads messages: it should not wait.
+    pub(crate) fn held(&self) -> bool {
+        self.held
+    }
+
+    /// Has a read given to the kernel with the rest of its batch.
+    pub(crate) fn departs(&mut self, departing: Departing) {
+        self.departing.push(departing);
+        if !self.held {
+            self.engine.submit_departing(&mut self.departing);
+        }
+    }
+
+    /// The batch has been looked through.
+    fn submit_departing(&mut self) {
+        if self.departing.is_empty() {
+            return;
+        }
+        let away = &self.workers.away;
+        let absence = self.held.then(|| away.begin(self.engine.now_ms()));
+        self.engine.submit_departing(&mut self.departing);
+        if let Some(absence) = absence {
+            self.held = away.end(absence);
+        }
+    }
+
     /// To be called before anything that may wait.
     pub(crate) fn give_up(&mut self) {
+        self.pass_on();
+        // By now somebody else reads messages: giving reads to the kernel may take what it takes.
+        if !self.departing.is_empty() {
+            self.engine.submit_departing(&mut self.departing);
+        }
+    }
+
+    fn pass_on(&mut self) {
         let workers = self.workers;
         let mut state = workers.state.lock();
         if !self.held {
@@ -212,9 +291,7 @@ impl Lead {
         }
         self.held = false;
         state.leader = false;
-        state
-            .queue
-            .extend(self.unanswered.drain(..).map(Task::Touch));
+        state.queue.extend(self.unanswered.drain(..));
         workers.call(self.engine, state);
     }
 }
@@ -225,6 +302,16 @@ impl Workers {
             source,
             state: Mutex::default(),
             work: Condvar::default(),
+            away: Away::default(),
+        }
+    }
+
+    /// Takes the lead from a leader who does not come back from giving reads to the kernel.
+    pub(crate) fn relieve(&'static self, engine: &'static Engine) {
+        if self.away.is_too_long(engine.now_ms()) {
+            let mut state = self.state.lock();
+            state.leader = false;
+            self.call(engine, state);
         }
     }
 
@@ -234,6 +321,7 @@ impl Workers {
             engine,
             held: false,
             unanswered: VecDeque::new(),
+            departing: Vec::new(),
             on_behalf: None,
             too_late: false,
         }
@@ -300,9 +388,30 @@ impl Workers {
                 }
             }
             self.source.next(engine, &mut lead.unanswered);
-            while let Some(touch) = lead.unanswered.pop_front() {
-                engine.answer(&touch, &mut lead);
+            while let Some(task) = lead.unanswered.pop_front() {
+                engine.perform(task, &mut lead);
             }
+            lead.submit_departing();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leader_that_stays_away_is_relieved_once_and_finds_out() {
+        let away = Away::default();
+        assert!(!away.is_too_long(1000), "nobody is away");
+        let short = away.begin(1000);
+        assert!(!away.is_too_long(1000 + LONGEST_ABSENCE_MS));
+        assert!(away.end(short), "back in time");
+        let long = away.begin(2000);
+        assert!(away.is_too_long(2001 + LONGEST_ABSENCE_MS));
+        assert!(!away.is_too_long(2002 + LONGEST_ABSENCE_MS), "once");
+        let next = away.begin(2000);
+        assert!(!away.end(long), "somebody else leads");
+        assert!(away.end(next), "and is not disturbed by that");
     }
 }

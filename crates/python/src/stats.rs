@@ -30,7 +30,7 @@ macro_rules! figures {
                 Ok(dict)
             }
 
-            /// What the engine does without: "wp_async", "continue_wp", "poison". The kernel lacks them, or
+            /// What the engine does without: "wp_async", "continue_wp", "poison", "aio". The kernel lacks them, or
             /// USERFAULT_WITHOUT names them. Empty before the first region.
             #[getter]
             fn without<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {

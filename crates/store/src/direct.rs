@@ -12,7 +12,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -25,6 +25,8 @@ pub(crate) const WRITE_FROM: usize = 256 << 10;
 
 /// What the file system asks of direct I/O where it does not say: good for every disk in use.
 const USUAL_ALIGNMENT: usize = 4096;
+/// The alignment of buffers that others bring, in bytes.
+const PAGE: usize = 4096;
 const RAMFS_MAGIC: u32 = 0x8584_58f6;
 
 /// A second descriptor of a file, opened with O_DIRECT.
@@ -64,6 +66,12 @@ impl Direct {
             return 0;
         }
         len - len % self.offset
+    }
+
+    /// The descriptor, if all of a range can be read direct into memory that is aligned to a page.
+    pub(crate) fn descriptor(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
+        (len > 0 && self.fits(0, offset, len) == len && PAGE.is_multiple_of(self.memory))
+            .then(|| self.file.as_fd())
     }
 
     /// Reads what can be read direct, if that is at least `from` bytes; `None`: nothing, use the other way. May

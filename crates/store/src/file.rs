@@ -362,6 +362,14 @@ impl Store for FileStore {
         Ok(true)
     }
 
+    fn direct(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
+        let direct = self.direct.as_ref()?;
+        let there = self.existing(offset, len) == len && !self.in_memory;
+        (there && self.cache.pages(&self.file, offset, len as u64) == Some(0))
+            .then(|| direct.descriptor(offset, len))
+            .flatten()
+    }
+
     fn will_read(&self, offset: u64, len: u64) -> bool {
         let len = self.existing(offset, usize::try_from(len).unwrap_or(usize::MAX));
         if self.in_memory || len == 0 {

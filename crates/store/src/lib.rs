@@ -15,6 +15,7 @@
 //! Lock order: a store's own locks are leaves. No store calls back, and none holds a lock during I/O.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 mod direct;
 mod faulty;
@@ -56,6 +57,14 @@ pub trait Store: Send + Sync {
     /// Like [`Store::read`], but only if that needs no waiting; `Ok(false)` says that nothing was read.
     fn read_now(&self, _offset: u64, _buf: &mut [u8]) -> io::Result<bool> {
         Ok(false)
+    }
+
+    /// A descriptor from which all of a range can be read, at the same offset, by a direct read into memory that is
+    /// aligned to a page; for callers who have the kernel read it while they do something else. `None` where that
+    /// is not what [`Store::read`] would do, or worse than that: where some of the range is in the page cache.
+    /// Whatever goes wrong with such a read, [`Store::read`] says what it is.
+    fn direct(&self, _offset: u64, _len: usize) -> Option<BorrowedFd<'_>> {
+        None
     }
 
     /// Says that a range will be read soon, in small parts, so that the store may fetch it at one go. Returns at

@@ -15,7 +15,7 @@ use crate::engine::Engine;
 use crate::error::Error;
 use crate::fork::Kept;
 use crate::readahead::Window;
-use crate::workers::{FaultSource, Touch};
+use crate::workers::{FaultSource, Task, Touch};
 
 /// Requests read at once.
 const BATCH: usize = 16;
@@ -150,14 +150,14 @@ impl Handover {
 pub(crate) struct Touches;
 
 impl FaultSource for Touches {
-    fn next(&self, engine: &'static Engine, touches: &mut VecDeque<Touch>) {
+    fn next(&self, engine: &'static Engine, tasks: &mut VecDeque<Task>) {
         let inline = engine.inline().expect("served once it is open");
         let mut requests = [Request::default(); BATCH];
         let count = inline.handover.read(&mut requests);
         let read = Instant::now();
         for request in &requests[..count] {
             if !engine.heed(request) {
-                touches.push_back(Touch::from_request(request, read));
+                tasks.push_back(Task::Touch(Touch::from_request(request, read)));
             }
         }
     }

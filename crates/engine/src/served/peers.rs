@@ -16,7 +16,7 @@ use super::process::{Process, Reading};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::fork::{self, Kept};
-use crate::workers::{FaultSource, Touch};
+use crate::workers::{FaultSource, Task};
 
 /// How often processes without a pidfd are asked whether they still exist.
 const ROUND: Duration = Duration::from_millis(500);
@@ -121,7 +121,7 @@ impl Registry {
 }
 
 impl FaultSource for Peers {
-    fn next(&self, engine: &'static Engine, touches: &mut VecDeque<Touch>) {
+    fn next(&self, engine: &'static Engine, tasks: &mut VecDeque<Task>) {
         let peers = &engine.peers;
         let epoll = peers.epoll.get().expect("started").as_raw_fd();
         let mut ready = [libc::epoll_event { events: 0, u64: 0 }; 16];
@@ -148,7 +148,7 @@ impl FaultSource for Peers {
                 }
                 continue;
             }
-            if process.read(engine, touches) == Reading::NoDescriptor {
+            if process.read(engine, tasks) == Reading::NoDescriptor {
                 std::thread::sleep(NO_DESCRIPTOR);
             }
         }

@@ -167,7 +167,7 @@ impl Process {
     pub(super) fn read(
         self: &Arc<Self>,
         engine: &'static Engine,
-        touches: &mut VecDeque<Touch>,
+        tasks: &mut VecDeque<Task>,
     ) -> Reading {
         let mut members = self.family.members.write();
         let Some(member) = members.get_mut(&self.id) else {
@@ -189,7 +189,7 @@ impl Process {
             if let Some(mut touch) = Touch::from_message(&message, self.id, read) {
                 // Without THREAD_ID all threads look like one, but somebody does sleep on it.
                 touch.thread = touch.thread.max(1);
-                touches.push_back(touch);
+                tasks.push_back(Task::Touch(touch));
             } else {
                 if self.rested.swap(false, Ordering::Relaxed)
                     && let Some(member) = members.get_mut(&self.id)
@@ -226,10 +226,10 @@ impl Process {
 
     /// Reads what waits, from a thread that does not lead.
     pub(super) fn drain(self: &Arc<Self>, engine: &'static Engine) {
-        let mut touches = VecDeque::new();
-        self.read(engine, &mut touches);
-        for touch in touches {
-            engine.servers.submit(engine, Task::Touch(touch));
+        let mut tasks = VecDeque::new();
+        self.read(engine, &mut tasks);
+        for task in tasks {
+            engine.servers.submit(engine, task);
         }
     }
 

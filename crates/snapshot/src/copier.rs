@@ -57,7 +57,10 @@ pub struct Copier<'a> {
     /// Foreign ranges that are still to be read, and where in the buffer.
     ranges: Vec<(usize, usize)>,
     ranges_at: usize,
+    ranges_end: usize,
     ranges_of: usize,
+    /// Past the caches: it is much, and nobody reads it soon.
+    past_caches: bool,
 }
 
 impl<'a> Copier<'a> {
@@ -75,8 +78,15 @@ impl<'a> Copier<'a> {
             items: Vec::new(),
             ranges: Vec::new(),
             ranges_at: 0,
+            ranges_end: 0,
             ranges_of: 0,
+            past_caches: false,
         }
+    }
+
+    /// From here on our own memory is copied past the caches, or not.
+    pub fn past_caches(&mut self, past: bool) {
+        self.past_caches = past;
     }
 
     /// Copies blocks of an array. `Ok(false)`: there is no buffer any more, the save was given up.
@@ -104,9 +114,15 @@ impl<'a> Copier<'a> {
             if source.own.is_some() {
                 let buffer = self.buffer.as_mut().expect("just taken").bytes_mut();
                 buffer[at..at + lead].fill(0);
-                source.copy_own(address, &mut buffer[at + lead..at + lead + len]);
+                let into = &mut buffer[at + lead..at + lead + len];
+                if self.past_caches {
+                    source.stream_own(address, into);
+                } else {
+                    source.copy_own(address, into);
+                }
             } else {
-                if self.ranges_of != data || lead > 0 {
+                // Whose bytes do not go right behind those of the others is read by itself.
+                if self.ranges_of != data || self.ranges_end != at + lead || lead > 0 {
                     self.read()?;
                 }
                 if lead > 0 {
@@ -116,6 +132,7 @@ impl<'a> Copier<'a> {
                     (self.ranges_at, self.ranges_of) = (at + lead, data);
                 }
                 self.ranges.push((address, len));
+                self.ranges_end = at + lead + len;
             }
             self.used += lead + len;
             self.items.push(Item {
@@ -155,8 +172,70 @@ impl<'a> Copier<'a> {
     }
 }
 
-/// Arrays by number, and blocks of each.
-pub type Parts = Vec<Piece>;
-
 /// An array by number, and blocks of it.
 pub type Piece = (usize, Vec<Range<usize>>);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Way;
+    use userfault_engine::Pages;
+    use userfault_engine::tracked::Tracked;
+
+    fn source(start: usize, own: Option<std::sync::Arc<Tracked>>) -> Source {
+        Source {
+            start,
+            nbytes: 8 * 4096,
+            lead: 0,
+            block: 4096,
+            way: Way::Copied,
+            own,
+            name: "a".into(),
+            why: "copied",
+        }
+    }
+
+    #[test]
+    fn arrays_that_take_turns_come_out_each_as_it_is() {
+        let mut foreign = vec![7u8; 9 * 4096];
+        let at = (foreign.as_ptr() as usize).next_multiple_of(4096) - foreign.as_ptr() as usize;
+        foreign[at + 4096..at + 2 * 4096].fill(9);
+        let own = Tracked::new(8 * 4096, Pages::Small).unwrap();
+        let sources = [
+            source(foreign.as_ptr() as usize + at, None),
+            source(own.start(), Some(own.clone())),
+        ];
+        let mut next = || Some(Buffer::Own(vec![1; 16 * 4096]));
+        let mut batches = Vec::new();
+        let mut full = |batch| batches.push(batch);
+        let mut copier = Copier::new(&sources, &mut next, &mut full);
+        let tasks = [
+            (0, 0..1),
+            (1, 0..2),
+            (0, 1..2),
+            (0, 2..3),
+            (1, 2..3),
+            (0, 1..3),
+        ];
+        for (data, blocks) in &tasks {
+            copier.past_caches(blocks.len() == 1);
+            assert!(copier.copy(*data, blocks.clone()).unwrap());
+        }
+        copier.send().unwrap();
+        drop(copier);
+        assert_eq!(batches.len(), 1);
+        for (item, (data, blocks)) in batches[0].items.iter().zip(&tasks) {
+            assert_eq!((item.data, &item.blocks), (*data, blocks));
+            for (number, block) in blocks.clone().enumerate() {
+                let from = item.at + number * 4096;
+                let expected = match (data, block) {
+                    (1, _) => 0,
+                    (_, 1) => 9,
+                    _ => 7,
+                };
+                let bytes = &batches[0].buffer.bytes()[from..from + 4096];
+                assert!(bytes.iter().all(|byte| *byte == expected), "{data} {block}");
+            }
+        }
+    }
+}

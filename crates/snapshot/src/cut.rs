@@ -4,22 +4,36 @@
 //! protected again here, so that no processor is interrupted while the caller stands still: the pages that
 //! were copied stay writable and count as written until the saver has settled the point (see `saver`).
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use userfault_engine::tracked::Ledger;
+
 use crate::checkpointer::Checkpointer;
-use crate::copier::{Buffer, Parts, Piece};
+use crate::copier::{Batch, Buffer, Copier, Piece};
 use crate::error::Error;
 use crate::job::{Job, JobAside};
 use crate::point::Point;
 use crate::saver::Command;
 use crate::shared::Shared;
-use crate::source::Way;
+use crate::shares::Task;
+use crate::source::{Source, Way};
+use crate::staging::CHUNK;
 
 /// From so many bytes on a second thread helps to copy. Bytes.
 const BY_TWO: usize = 1 << 20;
+
+/// What one question to the kernel is about, bytes: a multiple of every block.
+const QUESTION: usize = 32 << 20;
+
+/// From so many questions on a second thread helps to ask.
+const MANY_QUESTIONS: usize = 8;
+
+/// A cut of so many bytes is copied past the caches, which would not hold it. Bytes.
+const PAST_CACHES: usize = 16 << 20;
 
 /// What one of the two takes at a time: the cut waits for the other at most as long as this takes. Bytes.
 const PIECE: usize = 256 << 10;
@@ -113,48 +127,37 @@ impl Checkpointer {
             total += pending.iter().map(ExactSizeIterator::len).sum::<usize>() * guard.block();
             job.guarded.lock().push((number, cut, pending));
         }
-        let mut parts = Parts::new();
+        let (mut questions, mut copies) = (VecDeque::new(), Vec::new());
         for (data, source) in shared.sources.iter().enumerate() {
             match &source.way {
                 Way::Guarded(_) => {}
-                Way::Copied => parts.push((data, std::iter::once(0..source.blocks()).collect())),
+                Way::Copied => copies.push((data, 0..source.blocks())),
                 Way::Silent(ledger) => {
-                    let pages = ledger.take_written()?;
-                    let mut blocks: Vec<Range<usize>> = Vec::with_capacity(pages.len());
-                    let mut edges = source.edges();
-                    let dirty = pages
-                        .into_iter()
-                        .map(|run| source.blocks_of_pages(ledger, run, shared.page));
-                    edges.extend(dirty);
-                    edges.sort_unstable_by_key(|run| run.start);
-                    for run in edges {
-                        match blocks.last_mut() {
-                            Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
-                            _ => blocks.push(run),
-                        }
-                    }
-                    parts.push((data, blocks));
+                    questions.extend(steps(ledger).map(|pages| Task::Ask(data, pages)));
+                    copies.extend(source.edges().into_iter().map(|blocks| (data, blocks)));
                 }
             }
-        }
-        let copied: usize = parts
-            .iter()
-            .flat_map(|(data, runs)| {
-                runs.iter()
-                    .map(|run| shared.sources[*data].len_of(run.clone()))
-            })
-            .sum();
-        total += copied;
-        job.point.total_bytes.store(total as u64, Ordering::Relaxed);
-        // What was taken is known before anything can fail.
-        *job.taken.lock() = parts
-            .iter()
-            .flat_map(|(data, runs)| runs.iter().map(|run| (*data, run.clone())))
-            .collect();
-        for (data, runs) in &parts {
-            if shared.sources[*data].own.is_some() && !runs.is_empty() {
-                shared.sources[*data].still_there()?;
+            if source.own.is_some() && !matches!(source.way, Way::Guarded(_)) {
+                source.still_there()?;
             }
+        }
+        let copied: usize = copies
+            .iter()
+            .map(|(data, blocks)| shared.sources[*data].len_of(blocks.clone()))
+            .sum();
+        job.point
+            .total_bytes
+            .store((total + copied) as u64, Ordering::Relaxed);
+        job.taken.lock().extend(copies.iter().cloned());
+        let many = questions.len() >= MANY_QUESTIONS;
+        let mut tasks = questions;
+        for (data, blocks) in copies {
+            let pieces = pieces(&shared.sources[data], data, vec![blocks]);
+            tasks.extend(pieces.into_iter().map(Task::Copy));
+        }
+        job.shares.share_out(tasks, copied);
+        if many {
+            hand_over();
         }
         let mut next = || {
             let stop = || job.is_cancelled() || shared.failing();
@@ -167,19 +170,110 @@ impl Checkpointer {
             }
             chunk.map(Buffer::Chunk)
         };
-        let all = copied;
-        job.share_out(pieces(parts, |data, run| shared.sources[data].len_of(run)));
-        if all > shared.options.staging / 2 {
-            // It will need the saver's help to get room.
-            shared.copying.store(false, Ordering::Release);
-            job.help_is_done();
-            hand_over();
-        } else if all >= BY_TWO {
-            hand_over();
+        let mut over = false;
+        let mut look = |bytes: usize| {
+            if bytes > shared.options.staging / 2 && !over {
+                // It will need the saver to get room.
+                over = true;
+                shared.copying.store(false, Ordering::Release);
+                job.shares.no_help();
+            }
+            if bytes >= BY_TWO {
+                hand_over();
+            }
+        };
+        let copied = job.do_shares(shared, &mut next, &mut look, false);
+        let helped = job.shares.wait_for_help();
+        copied.and(helped)
+    }
+}
+
+impl Job {
+    /// Does tasks of the cut until there are none, and gives what was copied to the saver. Ends early if there
+    /// is no buffer. `look` hears before each task how many bytes the cut copies, as far as that is known.
+    fn do_shares(
+        &self,
+        shared: &Shared,
+        next: &mut dyn FnMut() -> Option<Buffer>,
+        look: &mut dyn FnMut(usize),
+        saver: bool,
+    ) -> Result<(), Error> {
+        let mut full = |batch: Batch| self.push(batch);
+        let mut copier = Copier::new(&shared.sources, next, &mut full);
+        loop {
+            let bytes = self.shares.bytes();
+            look(bytes);
+            match self.shares.next(saver) {
+                None => return copier.send(),
+                Some(Task::Ask(data, pages)) => {
+                    let answer = self.ask(shared, data, pages);
+                    if answer.is_err() {
+                        self.shares.give_up(true);
+                    }
+                    let (pieces, bytes) = answer?;
+                    self.shares.answered(pieces, bytes);
+                }
+                Some(Task::Copy((data, runs))) => {
+                    copier.past_caches(bytes >= PAST_CACHES);
+                    for (at, run) in runs.iter().enumerate() {
+                        if let Some(next) = runs.get(at + 1) {
+                            shared.sources[data].prefetch(next.start);
+                        }
+                        match copier.copy(data, run.clone()) {
+                            Ok(true) => {}
+                            stopped => {
+                                // Given up by somebody who has said why, or failed: nobody needs the rest.
+                                self.shares.give_up(false);
+                                return stopped.map(|_| ());
+                            }
+                        }
+                    }
+                }
+            }
         }
-        let copied = job.copy_shares(shared, &mut next);
-        job.end_help()?;
-        copied
+    }
+
+    /// Asks which pages of a range were written: their blocks in pieces, and bytes.
+    fn ask(
+        &self,
+        shared: &Shared,
+        data: usize,
+        pages: Range<usize>,
+    ) -> Result<(Vec<Piece>, usize), Error> {
+        let source = &shared.sources[data];
+        let Way::Silent(ledger) = &source.way else {
+            return Ok((Vec::new(), 0));
+        };
+        let mut blocks: Vec<Range<usize>> = Vec::new();
+        for run in ledger.take_written(pages)? {
+            let run = source.blocks_of_pages(ledger, run, shared.page);
+            match blocks.last_mut() {
+                Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+                _ => blocks.push(run),
+            }
+        }
+        // What was taken is known before anything can fail.
+        let taken = blocks.iter().map(|run| (data, run.clone()));
+        self.taken.lock().extend(taken);
+        let bytes = blocks.iter().map(|run| source.len_of(run.clone())).sum();
+        self.point
+            .total_bytes
+            .fetch_add(bytes as u64, Ordering::Relaxed);
+        Ok((pieces(source, data, blocks), bytes))
+    }
+
+    /// Does tasks of a cut that is going on, on the saver's thread.
+    pub fn help_to_cut(&self, shared: &Shared) {
+        if !self.shares.begin_help() {
+            return;
+        }
+        // The saver itself is who makes room in staging, so it does not wait for any.
+        let mut next = || {
+            let chunk = shared.staging.try_take();
+            Some(chunk.map_or_else(|| Buffer::Own(vec![0; CHUNK]), Buffer::Chunk))
+        };
+        let result = self.do_shares(shared, &mut next, &mut |_| {}, true);
+        self.shares.end_help(result);
     }
 }
 
@@ -192,31 +286,36 @@ impl Shared {
     }
 }
 
-/// Parts cut into pieces of about [`PIECE`] bytes, in order.
-fn pieces(parts: Parts, len: impl Fn(usize, Range<usize>) -> usize) -> Vec<Piece> {
+/// The pages of a ledger in parts that one question is about. They end where blocks end.
+fn steps(ledger: &Ledger) -> impl Iterator<Item = Range<usize>> {
+    let (start, end) = (ledger.start(), ledger.start() + ledger.len());
+    let page = ledger.page();
+    (start / QUESTION..end.div_ceil(QUESTION)).map(move |number| {
+        let from = (number * QUESTION).max(start);
+        let to = ((number + 1) * QUESTION).min(end);
+        (from - start) / page..(to - start) / page
+    })
+}
+
+/// Blocks of an array in pieces of about [`PIECE`] bytes, in order.
+fn pieces(source: &Source, data: usize, runs: Vec<Range<usize>>) -> Vec<Piece> {
+    let most = (PIECE / source.block).max(1);
     let mut pieces = Vec::new();
-    for (data, runs) in parts {
-        let (mut piece, mut bytes) = (Vec::new(), 0);
-        for mut run in runs {
-            while !run.is_empty() {
-                let whole = len(data, run.clone());
-                let room = PIECE - bytes;
-                let blocks = (run.len() * room)
-                    .div_ceil(whole.max(1))
-                    .clamp(1, run.len());
-                let part = run.start..run.start + blocks;
-                run.start = part.end;
-                bytes += len(data, part.clone());
-                piece.push(part);
-                if bytes >= PIECE {
-                    pieces.push((data, std::mem::take(&mut piece)));
-                    bytes = 0;
-                }
+    let (mut piece, mut blocks) = (Vec::new(), 0);
+    for mut run in runs {
+        while !run.is_empty() {
+            let part = run.start..run.end.min(run.start + most - blocks);
+            run.start = part.end;
+            blocks += part.len();
+            piece.push(part);
+            if blocks == most {
+                pieces.push((data, std::mem::take(&mut piece)));
+                blocks = 0;
             }
         }
-        if !piece.is_empty() {
-            pieces.push((data, piece));
-        }
+    }
+    if !piece.is_empty() {
+        pieces.push((data, piece));
     }
     pieces
 }

@@ -9,22 +9,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use userfault_engine::lock::{Condvar, Mutex};
 use userfault_engine::tracked::Aside;
 
-use crate::copier::{Batch, Buffer, Copier, Piece};
+use crate::copier::{Batch, Buffer, Copier};
 use crate::error::Error;
 use crate::point::Point;
 use crate::shared::Shared;
-use crate::staging::CHUNK;
-
-/// What a cut copies, for whoever has time to copy it.
-#[derive(Default)]
-struct Shares {
-    left: VecDeque<Piece>,
-    /// The saver is copying a piece.
-    helping: bool,
-    /// The saver does not help.
-    done: bool,
-    error: Option<Error>,
-}
+use crate::shares::Shares;
 
 #[derive(Default)]
 struct Batches {
@@ -56,8 +45,8 @@ pub struct Job {
     pub cut: AtomicU64,
     /// What was taken has been put back.
     put_back: AtomicBool,
-    shares: Mutex<Shares>,
-    helped: Condvar,
+    /// What its cut has to do.
+    pub shares: Shares,
 }
 
 impl Job {
@@ -77,80 +66,13 @@ impl Job {
             failures: AtomicU64::new(0),
             cut: AtomicU64::new(0),
             put_back: AtomicBool::new(false),
-            shares: Mutex::default(),
-            helped: Condvar::new(),
+            shares: Shares::default(),
         }
     }
 
     pub fn push(&self, batch: Batch) {
         self.batches.lock().queue.push_back(batch);
         self.bell.notify_all();
-    }
-
-    /// Says what the cut has to copy.
-    pub fn share_out(&self, pieces: Vec<Piece>) {
-        self.shares.lock().left = pieces.into();
-    }
-
-    /// The saver has other things to do than to help.
-    pub fn help_is_done(&self) {
-        self.shares.lock().done = true;
-    }
-
-    /// Copies pieces until there are none, and gives them to the saver. Ends early if there is no buffer.
-    pub fn copy_shares(
-        &self,
-        shared: &Shared,
-        next: &mut dyn FnMut() -> Option<Buffer>,
-    ) -> Result<(), Error> {
-        let mut full = |batch: Batch| self.push(batch);
-        let mut copier = Copier::new(&shared.sources, next, &mut full);
-        loop {
-            let Some((data, runs)) = self.shares.lock().left.pop_front() else {
-                return copier.send();
-            };
-            for run in runs {
-                match copier.copy(data, run) {
-                    Ok(true) => {}
-                    stopped => {
-                        // Given up by somebody who has said why, or failed: nobody needs the rest.
-                        self.shares.lock().left.clear();
-                        return stopped.map(|_| ());
-                    }
-                }
-            }
-        }
-    }
-
-    /// Waits until the saver has done with its piece, and says how that went.
-    pub fn end_help(&self) -> Result<(), Error> {
-        let mut shares = self.shares.lock();
-        shares.done = true;
-        while shares.helping {
-            self.helped.wait(&mut shares);
-        }
-        shares.error.take().map_or(Ok(()), Err)
-    }
-
-    /// Copies pieces of a cut that is going on, on the saver's thread.
-    pub fn give_help(&self, shared: &Shared) {
-        {
-            let mut shares = self.shares.lock();
-            if shares.done || shares.left.is_empty() {
-                return;
-            }
-            shares.helping = true;
-        }
-        // The saver itself is who makes room in staging, so it does not wait for any.
-        let mut next = || {
-            let chunk = shared.staging.try_take();
-            Some(chunk.map_or_else(|| Buffer::Own(vec![0; CHUNK]), Buffer::Chunk))
-        };
-        let result = self.copy_shares(shared, &mut next);
-        let mut shares = self.shares.lock();
-        shares.helping = false;
-        shares.error = result.err();
-        self.helped.notify_all();
     }
 
     /// The cut is over.

@@ -17,7 +17,7 @@
 //! | file | concept |
 //! |---|---|
 //! | `checkpointer`, `following`, `point` | what a program calls; how its arrays are followed; what save() returns |
-//! | `cut`, `copier`, `job` | the instant, copying blocks aside, a save on its way |
+//! | `cut`, `shares`, `copier`, `job` | the instant, its work for two threads, copying blocks aside, a save on its way |
 //! | `saver`, `drain`, `publish` | the thread behind the cuts: storing, copying ahead, finishing a point |
 //! | `shared` | what cuts, saver and watcher share |
 //! | `source` | an array's memory: which blocks have changed, and copying them |
@@ -58,6 +58,7 @@ mod reader;
 mod saver;
 mod segment;
 mod shared;
+mod shares;
 mod source;
 mod staging;
 mod verify;

@@ -126,7 +126,7 @@ impl Saver {
     fn save(&mut self, job: &Arc<Job>) {
         self.drain.resting = false;
         self.cut = job.cut.load(Ordering::Relaxed);
-        job.give_help(&self.shared);
+        job.help_to_cut(&self.shared);
         let result = self.store(job).and_then(|()| self.publish(job));
         self.shared.end_guarded(job);
         job.point.used(self.shared.staging.take_peak());

@@ -21,8 +21,11 @@ use crate::fork;
 use crate::memory::small_page;
 
 /// Ranges that one call of PAGEMAP_SCAN reports at most: a random pattern makes one for each page, and a
-/// call costs a few microseconds.
-const REGIONS: usize = 4096;
+/// call costs a microsecond or two.
+const REGIONS: usize = 1024;
+
+/// Memory that has one page table, bytes, or a part of it.
+const TABLE: usize = 2 << 20;
 
 const NO_REGION: page_region = page_region {
     start: 0,
@@ -39,13 +42,15 @@ pub(super) struct Pages {
 }
 
 impl Pages {
-    fn note(&self, from: usize, to: usize) {
+    fn note(&self, ranges: &[Range<usize>]) {
         let page = small_page();
-        let (from, to) = (from.max(self.start), to.min(self.start + self.len));
-        if from < to {
-            self.dirty
-                .lock()
-                .insert((from - self.start) / page..(to - self.start) / page);
+        let mut dirty = self.dirty.lock();
+        for range in ranges {
+            let from = range.start.max(self.start);
+            let to = range.end.min(self.start + self.len);
+            if from < to {
+                dirty.insert((from - self.start) / page..(to - self.start) / page);
+            }
         }
     }
 }
@@ -80,7 +85,7 @@ impl Ledger {
             len,
             dirty: Mutex::new(map),
         });
-        let mut ledgers = engine.tracked.ledgers.lock();
+        let mut ledgers = engine.tracked.ledgers.write();
         let outcome = engine.uffd.register(start, len, UFFDIO_REGISTER_MODE_WP);
         if !outcome.is_ok() {
             return Err(refused(start, len, outcome.errno));
@@ -108,6 +113,11 @@ impl Ledger {
         self.pages.len
     }
 
+    /// Bytes of a page.
+    pub fn page(&self) -> usize {
+        small_page()
+    }
+
     /// Never: a ledger has at least one page.
     pub fn is_empty(&self) -> bool {
         self.pages.len == 0
@@ -119,54 +129,46 @@ impl Ledger {
         let engine = self.engine(start, len)?;
         // The same range may be in the ledgers of several consumers: no other harvest comes between the
         // kernel's answer and the last of their maps.
-        let ledgers = engine.tracked.ledgers.lock();
+        let ledgers = engine.tracked.ledgers.write();
         let others: Vec<Arc<Pages>> = ledgers
             .iter()
             .filter_map(std::sync::Weak::upgrade)
             .filter(|pages| pages.start < start + len && start < pages.start + pages.len)
             .collect();
-        let scanned = scan(engine, start..start + len, PM_SCAN_WP_MATCHING, |range| {
-            for pages in &others {
-                pages.note(range.start, range.end);
-            }
-        });
-        if scanned.is_err() {
-            // What the kernel protected before it failed may be lost: everything counts as written.
-            for pages in &others {
-                pages.note(start, start + len);
-            }
-            return Err(gone(start, len));
+        let written = scan(engine, start..start + len, PM_SCAN_WP_MATCHING);
+        // What the kernel protected before it failed may be lost: everything counts as written.
+        let all = start..start + len;
+        let all = std::slice::from_ref(&all);
+        for pages in &others {
+            pages.note(written.as_deref().unwrap_or(all));
         }
-        Ok(())
+        written.map(|_| ()).map_err(|_| gone(start, len))
     }
 
-    /// Takes all dirty pages out, as runs of page numbers in order: those that are known, and those that the
-    /// kernel knows now. Nothing is protected again, so that no processor is interrupted while somebody
-    /// stands still; what the kernel knew is therefore found once more by the next harvest.
-    pub fn take_written(&self) -> Result<Vec<Range<usize>>, Error> {
-        let (start, len) = (self.start(), self.len());
+    /// Takes the dirty pages of a range (page numbers of the ledger) out, in order, as runs: those that are
+    /// known, and those that the kernel knows now. Nothing is protected again, so that no processor is
+    /// interrupted while somebody stands still; what the kernel knew is therefore found once more by the next
+    /// harvest. Several threads may ask for different ranges at once.
+    pub fn take_written(&self, pages: Range<usize>) -> Result<Vec<Range<usize>>, Error> {
+        let page = small_page();
+        let start = self.start() + pages.start * page;
+        let len = pages.len() * page;
         let engine = self.engine(start, len)?;
         // No harvest of another consumer may be between the kernel and our map.
-        let _ledgers = engine.tracked.ledgers.lock();
-        let scanned = scan(engine, start..start + len, 0, |range| {
-            self.pages.note(range.start, range.end);
-        });
-        if scanned.is_err() {
-            return Err(gone(start, len));
-        }
-        Ok(self.take(0..len / small_page()))
+        let _ledgers = engine.tracked.ledgers.read();
+        let written = scan(engine, start..start + len, 0).map_err(|_| gone(start, len))?;
+        self.pages.note(&written);
+        Ok(self.take(pages))
     }
 
-    /// The number of pages that have been written, also those that only the kernel knows.
+    /// The number of pages that have been written, also those that only the kernel knows; what both know may
+    /// count twice.
     pub fn written(&self) -> Result<usize, Error> {
         let (start, len) = (self.start(), self.len());
         let engine = self.engine(start, len)?;
-        let mut count = self.count();
-        scan(engine, start..start + len, 0, |range| {
-            count += range.len() / small_page();
-        })
-        .map_err(|_| gone(start, len))?;
-        Ok(count.min(len / small_page()))
+        let written = scan(engine, start..start + len, 0).map_err(|_| gone(start, len))?;
+        let bytes: usize = written.iter().map(ExactSizeIterator::len).sum();
+        Ok((self.count() + bytes / small_page()).min(len / small_page()))
     }
 
     fn engine(&self, start: usize, len: usize) -> Result<&'static Engine, Error> {
@@ -233,7 +235,7 @@ impl Ledger {
             return;
         };
         let (start, end) = (self.start(), self.start() + self.len());
-        let mut ledgers = engine.tracked.ledgers.lock();
+        let mut ledgers = engine.tracked.ledgers.write();
         ledgers.retain(|other| !std::ptr::eq(other.as_ptr(), Arc::as_ptr(&self.pages)));
         let mut kept: Vec<Range<usize>> = ledgers
             .iter()
@@ -263,22 +265,24 @@ impl Drop for Ledger {
     }
 }
 
-/// Tells `each` the address ranges that were written, and those that the program itself threw away.
-fn scan(
-    engine: &Engine,
-    range: Range<usize>,
-    flags: u64,
-    mut each: impl FnMut(Range<usize>),
-) -> std::io::Result<()> {
-    let mut regions = vec![NO_REGION; REGIONS];
+/// The address ranges that were written, and those that the program itself threw away.
+fn scan(engine: &Engine, range: Range<usize>, flags: u64) -> std::io::Result<Vec<Range<usize>>> {
+    let mut regions = vec![NO_REGION; REGIONS.min(range.len() / small_page())];
+    let mut found: Vec<Range<usize>> = Vec::new();
+    // The kernel answers exactly this question several times as fast as any other.
     let written = Scan {
         flags: flags | PM_SCAN_CHECK_WPASYNC,
         all_of: PAGE_IS_WRITTEN,
         report: PAGE_IS_WRITTEN,
         ..Scan::default()
     };
-    // What was thrown away reads as zeros, and has no entry to say that it was written if its page table
-    // went too: neither there nor a marker.
+    engine
+        .pagemap
+        .scan_each(range.clone(), &written, &mut regions, |region| {
+            found.push(region.start as usize..region.end as usize);
+        })?;
+    // A page that was thrown away reads as zeros. Its entry, neither there nor a marker, counts as written;
+    // but if its page table went too, nothing is left to say so. One page tells that of a whole table.
     let nothing = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
     let thrown_away = Scan {
         inverted: nothing,
@@ -286,14 +290,31 @@ fn scan(
         report: nothing,
         ..written
     };
-    for question in [written, thrown_away] {
-        engine
-            .pagemap
-            .scan_each(range.clone(), &question, &mut regions, |region| {
-                each(region.start as usize..region.end as usize);
-            })?;
+    let asked = Scan {
+        flags: 0,
+        ..thrown_away
+    };
+    let named = found.len();
+    let mut at = range.start;
+    while at < range.end {
+        let end = ((at / TABLE + 1) * TABLE).min(range.end);
+        let first = at..at + small_page();
+        if engine.pagemap.scan(first, &asked, &mut regions)?.regions > 0 {
+            let before = found[..named].partition_point(|run| run.end <= at);
+            let has_table = found[..named]
+                .get(before)
+                .is_some_and(|run| run.start <= at);
+            if !has_table {
+                engine
+                    .pagemap
+                    .scan_each(at..end, &thrown_away, &mut regions, |region| {
+                        found.push(region.start as usize..region.end as usize);
+                    })?;
+            }
+        }
+        at = end;
     }
-    Ok(())
+    Ok(found)
 }
 
 fn refused(start: usize, len: usize, errno: i32) -> Error {

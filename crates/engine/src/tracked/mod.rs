@@ -38,7 +38,7 @@ mod own;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock, Weak};
 
-use crate::lock::{Mutex, RwLock};
+use crate::lock::RwLock;
 use userfault_uffd::abi::{
     UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_THREAD_ID, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
     UFFD_FEATURE_WP_UNPOPULATED,
@@ -58,8 +58,9 @@ use crate::error::Error;
 #[derive(Default)]
 pub(crate) struct Registry {
     /// All consumers of silent tracking. The lock is held from a scan to the end of its bookkeeping, so
-    /// that no evidence is taken by one harvest and missed by another consumer.
-    ledgers: Mutex<Vec<Weak<ledger::Pages>>>,
+    /// that no evidence is taken by one harvest and missed by another consumer: for writing by who takes
+    /// evidence from the kernel, for reading by who only looks at it.
+    ledgers: RwLock<Vec<Weak<ledger::Pages>>>,
     /// Our own tracked memory, by address.
     own: RwLock<BTreeMap<usize, Weak<Tracked>>>,
     guard: OnceLock<Uffd>,

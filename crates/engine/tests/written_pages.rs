@@ -1,0 +1,102 @@
+//! What silent tracking says was written, against what was done to the memory.
+//!
+//! Unsafe: maps memory, writes to it, throws parts of it away.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use userfault_engine::tracked::Ledger;
+
+const PAGE: usize = 4096;
+const PAGES: usize = 3 * 512 + 40;
+
+struct Memory(*mut u8);
+
+impl Memory {
+    /// Begins in the middle of a page table's range, touched.
+    fn new() -> Memory {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let rights = libc::PROT_READ | libc::PROT_WRITE;
+        let spare = 4 << 20;
+        // SAFETY: the kernel chooses the place.
+        let raw = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGES * PAGE + spare,
+                rights,
+                flags,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(raw, libc::MAP_FAILED);
+        let start = (raw as usize).next_multiple_of(2 << 20) + 20 * PAGE;
+        // SAFETY: in the mapping just made.
+        unsafe {
+            libc::madvise(
+                start as *mut libc::c_void,
+                PAGES * PAGE,
+                libc::MADV_NOHUGEPAGE,
+            )
+        };
+        let memory = Memory(start as *mut u8);
+        (0..PAGES).for_each(|page| memory.write(page));
+        memory
+    }
+
+    fn write(&self, page: usize) {
+        // SAFETY: in bounds, and nobody else knows the memory.
+        unsafe { self.0.add(page * PAGE + 7).write_volatile(1) };
+    }
+
+    fn throw_away(&self, pages: Range<usize>) {
+        // SAFETY: in bounds; what is thrown away reads as zeros.
+        let done = unsafe {
+            let at = self.0.add(pages.start * PAGE).cast();
+            libc::madvise(at, pages.len() * PAGE, libc::MADV_DONTNEED)
+        };
+        assert_eq!(done, 0);
+    }
+}
+
+fn each(runs: Vec<Range<usize>>) -> BTreeSet<usize> {
+    runs.into_iter().flatten().collect()
+}
+
+#[test]
+fn pages_that_were_written_and_pages_that_were_thrown_away_are_named_and_no_others() {
+    let memory = Memory::new();
+    let ledger = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    let other = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    assert_eq!(ledger.take(0..PAGES), [0..PAGES]);
+    assert_eq!(other.take(0..PAGES), [0..PAGES]);
+    assert_eq!(ledger.take_written(0..PAGES).unwrap(), []);
+    // (written, thrown away): single pages, parts of a table's range, all of one, all of several and more.
+    let cases: [(Range<usize>, Range<usize>); 6] = [
+        (3..4, 9..10),
+        (511..513, 491..493),
+        (0..0, 492..1004),
+        (100..101, 500..1500),
+        (1500..PAGES, 0..490),
+        (0..0, 0..PAGES),
+    ];
+    for (written, thrown) in cases {
+        written.clone().for_each(|page| memory.write(page));
+        memory.throw_away(thrown.clone());
+        let expected: BTreeSet<usize> = written.chain(thrown).collect();
+        assert_eq!(ledger.written().unwrap(), expected.len());
+        // Asked in parts, without protecting; then once more, for nothing was protected.
+        let parts = [0..600, 600..601, 601..PAGES];
+        let asked = parts.map(|part| each(ledger.take_written(part).unwrap()));
+        assert_eq!(
+            asked.into_iter().flatten().collect::<BTreeSet<_>>(),
+            expected
+        );
+        assert_eq!(each(ledger.take_written(0..PAGES).unwrap()), expected);
+        // Protected again: both consumers hear of it, and then nobody finds anything.
+        ledger.harvest(ledger.start(), ledger.len()).unwrap();
+        assert_eq!(each(ledger.take(0..PAGES)), expected);
+        assert_eq!(each(other.take(0..PAGES)), expected);
+        assert_eq!(ledger.take_written(0..PAGES).unwrap(), []);
+    }
+}

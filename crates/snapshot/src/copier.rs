@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use crate::entry::{hash, is_zero};
 use crate::error::Error;
 use crate::source::Source;
 use crate::staging::Chunk;
@@ -42,6 +43,13 @@ impl Buffer {
 pub struct Batch {
     pub buffer: Buffer,
     pub items: Vec<Item>,
+    /// For each block in order its hash, `None` for zeros; empty if nobody has hashed them yet.
+    pub sums: Vec<Option<u64>>,
+}
+
+/// The hash of a block; `None` for zeros.
+pub fn sum(content: &[u8]) -> Option<u64> {
+    (!is_zero(content)).then(|| hash(content))
 }
 
 /// Fills batches with blocks.
@@ -61,6 +69,7 @@ pub struct Copier<'a> {
     ranges_of: usize,
     /// Past the caches: it is much, and nobody reads it soon.
     past_caches: bool,
+    hashing: bool,
 }
 
 impl<'a> Copier<'a> {
@@ -81,7 +90,13 @@ impl<'a> Copier<'a> {
             ranges_end: 0,
             ranges_of: 0,
             past_caches: false,
+            hashing: false,
         }
+    }
+
+    /// From here on batches come with the hashes of their blocks, or do not.
+    pub fn hashing(&mut self, hashing: bool) {
+        self.hashing = hashing;
     }
 
     /// From here on our own memory is copied past the caches, or not.
@@ -163,9 +178,23 @@ impl<'a> Copier<'a> {
         if let Some(buffer) = self.buffer.take()
             && !self.items.is_empty()
         {
+            let items = std::mem::take(&mut self.items);
+            let mut sums = Vec::new();
+            if self.hashing {
+                for item in &items {
+                    let source = &self.sources[item.data];
+                    let mut at = item.at;
+                    for block in item.blocks.clone() {
+                        let len = source.len_of(block..block + 1);
+                        sums.push(sum(&buffer.bytes()[at..at + len]));
+                        at += len;
+                    }
+                }
+            }
             (self.full)(Batch {
                 buffer,
-                items: std::mem::take(&mut self.items),
+                items,
+                sums,
             });
         }
         Ok(())

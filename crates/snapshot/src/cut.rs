@@ -32,6 +32,9 @@ const QUESTION: usize = 32 << 20;
 /// From so many questions on a second thread helps to ask.
 const MANY_QUESTIONS: usize = 8;
 
+/// Chunks on their way to a saver that sets the pace.
+const HOT_CHUNKS: usize = 4;
+
 /// A cut of so many bytes is copied past the caches, which would not hold it. Bytes.
 const PAST_CACHES: usize = 16 << 20;
 
@@ -159,9 +162,19 @@ impl Checkpointer {
         if many {
             hand_over();
         }
+        let mut lent = 0;
         let mut next = || {
             let stop = || job.is_cancelled() || shared.failing();
-            let chunk = shared.staging.take(&stop);
+            let (bytes, staging) = (job.shares.bytes(), shared.staging.len());
+            let left = bytes.saturating_sub(lent * CHUNK);
+            lent += 1;
+            // As long as the rest does not fit, the saver sets the pace: few chunks stay in the caches.
+            let most = if shared.over(bytes) && left > staging {
+                HOT_CHUNKS
+            } else {
+                usize::MAX
+            };
+            let chunk = shared.staging.take_within(most, &stop);
             if chunk.is_none() {
                 // Blocks of this cut are with the save that failed, and nobody makes room.
                 job.cancel(Error::Memory(
@@ -172,7 +185,7 @@ impl Checkpointer {
         };
         let mut over = false;
         let mut look = |bytes: usize| {
-            if bytes > shared.options.staging / 2 && !over {
+            if shared.over(bytes) && !over {
                 // It will need the saver to get room.
                 over = true;
                 shared.copying.store(false, Ordering::Release);
@@ -214,7 +227,10 @@ impl Job {
                     self.shares.answered(pieces, bytes);
                 }
                 Some(Task::Copy((data, runs))) => {
-                    copier.past_caches(bytes >= PAST_CACHES);
+                    let over = shared.over(bytes);
+                    copier.past_caches(bytes >= PAST_CACHES && !over);
+                    // The cut waits for the saver then: who copies takes work from it.
+                    copier.hashing(over);
                     for (at, run) in runs.iter().enumerate() {
                         if let Some(next) = runs.get(at + 1) {
                             shared.sources[data].prefetch(next.start);
@@ -278,6 +294,11 @@ impl Job {
 }
 
 impl Shared {
+    /// True if a cut of so many bytes needs the saver to make room in staging.
+    fn over(&self, bytes: usize) -> bool {
+        bytes > self.options.staging / 2
+    }
+
     fn method(&self) -> Vec<(String, &'static str)> {
         self.arrays
             .iter()

@@ -104,7 +104,16 @@ impl Entry {
 
 /// Entries one behind the other, as they stand in a file.
 pub fn to_bytes(entries: &[Entry]) -> Vec<u8> {
-    entries.iter().flat_map(|entry| entry.to_bytes()).collect()
+    let mut bytes = vec![0; entries.len() * ENTRY];
+    write_bytes(entries, &mut bytes);
+    bytes
+}
+
+/// As [`to_bytes`], into the beginning of `into`.
+pub fn write_bytes(entries: &[Entry], into: &mut [u8]) {
+    for (into, entry) in into.chunks_exact_mut(ENTRY).zip(entries) {
+        into.copy_from_slice(&entry.to_bytes());
+    }
 }
 
 /// Entries out of a file; a rest that is no entry is left out.

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use userfault_engine::dirty::DirtyMap;
 
-use crate::entry::{Entry, Kind, LEAF, PAGE, hash, is_zero, to_bytes};
+use crate::entry::{Entry, Kind, LEAF, PAGE, hash, is_zero, to_bytes, write_bytes};
 use crate::error::Error;
 use crate::folder::Folder;
 use crate::manifest::{DataRecord, Extent};
@@ -101,13 +101,14 @@ impl DataIndex {
         let mut stored = Vec::new();
         for leaf in self.changed.runs(0..leaves.len()).into_iter().flatten() {
             let end = self.entries.len().min((leaf + 1) * LEAF);
-            let mut page = to_bytes(&self.entries[leaf * LEAF..end]);
-            page.resize(PAGE, 0);
-            if is_zero(&page) {
+            let at = pages.len();
+            pages.resize(at + PAGE, 0);
+            write_bytes(&self.entries[leaf * LEAF..end], &mut pages[at..]);
+            if is_zero(&pages[at..]) {
+                pages.truncate(at);
                 leaves[leaf] = Entry::ZERO;
             } else {
-                stored.push((leaf, hash(&page)));
-                pages.extend_from_slice(&page);
+                stored.push((leaf, hash(&pages[at..])));
             }
         }
         if !pages.is_empty() {

@@ -18,7 +18,7 @@
 //! |---|---|
 //! | `checkpointer`, `following`, `point` | what a program calls; how its arrays are followed; what save() returns |
 //! | `cut`, `shares`, `copier`, `job` | the instant, its work for two threads, copying blocks aside, a save on its way |
-//! | `saver`, `drain`, `publish` | the thread behind the cuts: storing, copying ahead, finishing a point |
+//! | `saver`, `behind`, `drain`, `publish` | the thread behind the cuts: storing, its helper for guarded memory, copying ahead, finishing a point |
 //! | `shared` | what cuts, saver and watcher share |
 //! | `source` | an array's memory: which blocks have changed, and copying them |
 //! | `staging` | memory for what was copied aside |
@@ -39,6 +39,7 @@
 //! * An error, a full disk or a store that hangs fails the point; the program and the older points go on.
 //! * No length, offset or count in a file is trusted.
 
+mod behind;
 mod checkpointer;
 mod codec;
 mod copier;

@@ -95,6 +95,11 @@ impl Saver {
 
     /// Keeps the number of files that a point needs small: copies what is left in the emptiest ones.
     fn consolidate(&mut self) -> Result<(), Error> {
+        let last = self.manifest.points.last();
+        if last.is_some_and(|last| last.segments.len() < MOST_SEGMENTS) {
+            // What it needs is what the last one needed, at most, and its own.
+            return Ok(());
+        }
         let number = self.segment.as_ref().map_or(0, SegmentWriter::number);
         let mut blocks = BTreeMap::from([(number, 0)]);
         for index in &self.index {
@@ -149,6 +154,7 @@ impl Saver {
                         at: 0,
                     }],
                     buffer: Buffer::Own(bytes),
+                    sums: Vec::new(),
                 };
                 if let Err(error) = self.process(&batch, None) {
                     self.lost(data, block..block + 1);

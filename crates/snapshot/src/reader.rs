@@ -311,6 +311,9 @@ pub struct ArrayReader {
     name: String,
 }
 
+/// What is read at once, bytes: it is still in the cache when it is hashed.
+const RUN: usize = 256 << 10;
+
 /// Neighbouring raw blocks that are neighbours in their segment too.
 struct Run {
     first: usize,
@@ -424,8 +427,10 @@ impl ArrayReader {
     fn run_from(&self, first: usize, entry: Entry, end: usize) -> io::Result<Run> {
         let size = self.record.block as usize;
         let pages = (size / PAGE) as u32;
-        let mut entries = vec![entry];
-        loop {
+        let most = (RUN / size).max(1);
+        let mut entries = Vec::with_capacity(most.min(self.record.blocks() - first));
+        entries.push(entry);
+        while entries.len() < most {
             let block = first + entries.len();
             // Only after whole blocks, and as far as whole blocks are asked for.
             if block >= self.record.blocks() || block * size + self.len_of(block) > end {

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use userfault_engine::tracked::{Ledger, Saved};
+use userfault_engine::tracked::Ledger;
 
 use crate::codec::Compress;
-use crate::copier::{Batch, Buffer, Copier};
+use crate::copier::{Batch, sum};
 use crate::drain::{DRAIN_STEP, Drain, HARVEST_STEP};
 use crate::entry::{Entry, Kind, PAGE, hash, is_zero};
 use crate::error::Error;
@@ -194,37 +194,7 @@ impl Saver {
             let Some(guard) = group.memory.guard() else {
                 continue;
             };
-            let mut from = 0;
-            loop {
-                while let Some(batch) = job.pop() {
-                    self.process(&batch, Some(job))?;
-                }
-                if job.is_cancelled() {
-                    break;
-                }
-                let mut batches = Vec::new();
-                let saved = guard.save_next(cut, from, |offset, len, _| {
-                    let mut next = || Some(Buffer::Own(vec![0; CHUNK]));
-                    let mut full = |batch| batches.push(batch);
-                    let mut copier = Copier::new(&shared.sources, &mut next, &mut full);
-                    for &data in &group.arrays {
-                        let blocks =
-                            shared.sources[data].blocks_at(group.memory.start() + offset, len);
-                        if !blocks.is_empty() {
-                            let _ = copier.copy(data, blocks);
-                        }
-                    }
-                    let _ = copier.send();
-                });
-                for batch in batches {
-                    self.process(&batch, Some(job))?;
-                }
-                match saved {
-                    Saved::Block(block) => from = block + 1,
-                    Saved::Busy => job.wait_for_batch(),
-                    Saved::All => break,
-                }
-            }
+            self.store_guarded(job, group, guard, cut)?;
         }
         // A block that a writer saved was pending until its batch was here.
         while let Some(batch) = job.pop() {
@@ -350,6 +320,7 @@ impl Saver {
         shared.progress();
         shared.make_way();
         let bytes = batch.buffer.bytes();
+        let mut sums = batch.sums.iter();
         let mut pending: Option<(u32, Range<usize>)> = None;
         let mut total = 0;
         for item in &batch.items {
@@ -362,13 +333,13 @@ impl Saver {
                 at = to;
                 total += len;
                 let old = self.index[item.data].get(block);
-                if is_zero(content) {
+                let known = sums.next().copied();
+                let Some(sum) = known.unwrap_or_else(|| sum(content)) else {
                     if old != Some(Entry::ZERO) {
                         self.set(item.data, block, old, Entry::ZERO);
                     }
                     continue;
-                }
-                let sum = hash(content);
+                };
                 if old.is_some_and(|old| old.kind() != Kind::Zero && old.hash == sum) {
                     // Written, but with the same bytes.
                     continue;

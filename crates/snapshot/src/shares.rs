@@ -99,7 +99,8 @@ impl Shares {
     /// The saver begins to help; false if there is nothing to help with.
     pub fn begin_help(&self) -> bool {
         let mut state = self.state.lock();
-        state.helping = !state.done && !(state.tasks.is_empty() && state.asking == 0);
+        let nothing = state.tasks.is_empty() && state.asking == 0;
+        state.helping = !(state.done || nothing);
         state.helping
     }
 
@@ -134,7 +135,7 @@ mod tests {
         std::thread::scope(|scope| {
             // Nothing is there now, but the answer may bring something.
             let other = scope.spawn(|| shares.next(true));
-            shares.answered(vec![(0, vec![1..2])], 4096);
+            shares.answered(vec![(0, vec![1..2, 4..5])], 4096);
             assert!(matches!(other.join().unwrap(), Some(Task::Copy((0, _)))));
         });
         assert!(shares.next(false).is_none());
@@ -144,7 +145,7 @@ mod tests {
     #[test]
     fn a_saver_that_is_not_wanted_leaves_the_rest_to_the_caller() {
         let shares = Shares::default();
-        shares.share_out(VecDeque::from([Task::Copy((0, vec![1..2]))]), 4096);
+        shares.share_out(VecDeque::from([Task::Copy((0, vec![1..2, 4..5]))]), 4096);
         assert!(shares.begin_help());
         shares.no_help();
         assert!(shares.next(true).is_none());

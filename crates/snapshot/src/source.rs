@@ -135,7 +135,7 @@ impl Source {
     /// fetched into them before it is overwritten.
     pub fn stream_own(&self, address: usize, into: &mut [u8]) {
         #[cfg(target_arch = "x86_64")]
-        if into.as_ptr() as usize % 16 == 0 {
+        if (into.as_ptr() as usize).is_multiple_of(16) {
             use std::arch::x86_64::{
                 __m128i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
             };

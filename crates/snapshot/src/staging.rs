@@ -63,14 +63,26 @@ impl Staging {
         }))
     }
 
+    /// Bytes of all of it.
+    pub fn len(&self) -> usize {
+        self.chunks * CHUNK
+    }
+
     /// Lends a chunk. Waits for one; `None` once `stop` says so.
     pub fn take(self: &Arc<Self>, stop: &dyn Fn() -> bool) -> Option<Chunk> {
+        self.take_within(usize::MAX, stop)
+    }
+
+    /// As [`Staging::take`], and waits until fewer than `most` chunks are lent.
+    pub fn take_within(self: &Arc<Self>, most: usize, stop: &dyn Fn() -> bool) -> Option<Chunk> {
         let mut state = self.state.lock();
         loop {
             if stop() {
                 return None;
             }
-            if let Some(number) = state.free.pop() {
+            if state.used < most
+                && let Some(number) = state.free.pop()
+            {
                 state.used += 1;
                 state.peak = state.peak.max(state.used);
                 return Some(Chunk {
@@ -180,7 +192,7 @@ impl Drop for Chunk {
         state.free.push(self.number);
         state.used -= 1;
         drop(state);
-        self.staging.freed.notify_one();
+        self.staging.freed.notify_all();
     }
 }
 
@@ -205,6 +217,13 @@ mod tests {
         drop(held);
         assert_eq!(staging.take_peak(), 5 * CHUNK);
         assert_eq!(staging.take_peak(), 0);
-        assert!(staging.take(&|| false).is_some());
+        let first = staging.take(&|| false).unwrap();
+        // Who wants few to be lent waits for this one to come back.
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| staging.take_within(1, &|| false).map(|_| ()));
+            drop(first);
+            assert_eq!(other.join().unwrap(), Some(()));
+        });
+        assert_eq!(staging.take_peak(), CHUNK);
     }
 }

@@ -1,7 +1,7 @@
 //! Giving back the space of old points.
 //!
 //! The manifest is replaced first; then nobody new finds the points that go. Segments that no kept point
-//! names are removed. In the others, pages that no kept point refers to become holes. A segment that
+//! names are removed. In the others, pages that only the dropped points referred to become holes. A segment that
 //! somebody reads (a lazy restore holds a shared lock) is left as it is and looked at again next time.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -13,7 +13,7 @@ use crate::codec;
 use crate::entry::{Entry, Kind, PAGE};
 use crate::error::Error;
 use crate::folder::{flock, segment_name};
-use crate::manifest::{Extent, Manifest};
+use crate::manifest::{Extent, Manifest, PointSummary};
 use crate::reader::{Files, OpenPoint};
 use crate::shared::Shared;
 
@@ -26,12 +26,15 @@ pub fn sweep(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<()
 
 /// Drops all but the newest `keep` points.
 pub fn prune(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<(), Error> {
-    let mut candidates: BTreeSet<u32> = std::mem::take(&mut *shared.prune_later.lock());
+    let later = std::mem::take(&mut *shared.prune_later.lock());
+    let mut candidates: BTreeSet<u32> = later.clone();
+    let mut given_up = Vec::new();
     if manifest.points.len() > keep.max(1) {
         let mut shorter = manifest.clone();
         let dropped = shorter.points.len() - keep.max(1);
         for point in shorter.points.drain(..dropped) {
-            candidates.extend(point.segments);
+            candidates.extend(point.segments.iter().copied());
+            given_up.push(point);
         }
         if let Err(error) = shared.folder.replace_manifest(&shorter.to_bytes()) {
             // Nobody can say which of the two a crash would leave: no file goes before that is settled.
@@ -49,6 +52,28 @@ pub fn prune(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<()
     let (kept, gone): (Vec<u32>, Vec<u32>) = candidates
         .into_iter()
         .partition(|number| manifest.names(*number));
+    let all: Vec<u32> = kept.iter().chain(&gone).copied().collect();
+    let given_back = give_back(shared, manifest, &given_up, &later, &kept, gone);
+    if given_back.is_err() {
+        // The next one looks at all of them.
+        shared.prune_later.lock().extend(all);
+    }
+    given_back
+}
+
+/// Removes the segments that are `gone`, and makes holes of what only points that were given up needed of
+/// those that are `kept`; of the `later` ones, of all that nobody needs.
+fn give_back(
+    shared: &Shared,
+    manifest: &Manifest,
+    given_up: &[PointSummary],
+    later: &BTreeSet<u32>,
+    kept: &[u32],
+    gone: Vec<u32>,
+) -> Result<(), Error> {
+    // What still older points needed has become holes with them. If a point cannot be read, everything is
+    // looked at.
+    let needed = pages_of(shared, manifest.identity, given_up, kept).ok();
     for number in gone {
         if !with_lock(shared, number, |_, _| {
             shared.folder.remove(&segment_name(number))
@@ -59,8 +84,12 @@ pub fn prune(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<()
     if kept.is_empty() {
         return Ok(());
     }
-    let live = live_pages(shared, manifest, &kept)?;
+    let live = pages_of(shared, manifest.identity, &manifest.points, kept)?;
     for (number, live) in live {
+        let needed = needed
+            .as_ref()
+            .filter(|_| !later.contains(&number))
+            .and_then(|needed| needed.get(&number));
         let punched = with_lock(shared, number, |file, pages| {
             let pages = pages.min(live.pages());
             let mut at = 0;
@@ -69,11 +98,16 @@ pub fn prune(shared: &Shared, manifest: &mut Manifest, keep: usize) -> Result<()
                 .into_iter()
                 .chain(std::iter::once(pages..pages))
             {
-                if at < run.start {
-                    let (offset, len) = ((at * PAGE) as u64, ((run.start - at) * PAGE) as u64);
+                let unused = at..run.start;
+                at = run.end;
+                let holes = match needed {
+                    Some(needed) => needed.runs(unused),
+                    None => std::iter::once(unused).collect(),
+                };
+                for hole in holes.into_iter().filter(|hole| !hole.is_empty()) {
+                    let (offset, len) = ((hole.start * PAGE) as u64, (hole.len() * PAGE) as u64);
                     shared.folder.punch(file, number, offset, len)?;
                 }
-                at = run.end;
             }
             Ok(())
         })?;
@@ -107,10 +141,11 @@ fn with_lock(
     Ok(true)
 }
 
-/// The pages of some segments that the points of a manifest refer to.
-fn live_pages(
+/// The pages of some segments that points refer to.
+fn pages_of(
     shared: &Shared,
-    manifest: &Manifest,
+    identity: u64,
+    points: &[PointSummary],
     segments: &[u32],
 ) -> Result<BTreeMap<u32, DirtyMap>, Error> {
     let mut live = BTreeMap::new();
@@ -125,8 +160,8 @@ fn live_pages(
     }
     let mut seen = HashSet::new();
     let mut calls = 0u64;
-    for summary in &manifest.points {
-        let point = OpenPoint::of(shared.folder.path(), manifest.identity, summary.clone())?;
+    for summary in points {
+        let point = OpenPoint::of(shared.folder.path(), identity, summary.clone())?;
         walk(&point, &mut seen, &mut |number, page, len| {
             calls += 1;
             if calls.is_multiple_of(1024) {

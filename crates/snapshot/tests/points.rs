@@ -394,3 +394,47 @@ fn any_changed_byte_is_found() {
         }
     }
 }
+
+#[test]
+fn what_a_prune_costs_does_not_grow_with_the_points_that_have_been() {
+    let folder = Folder::new();
+    let mut memory = Memory::Own(Tracked::new(8 * MIB, Pages::Small).unwrap(), 8 * MIB);
+    for (at, byte) in memory.bytes().iter_mut().enumerate() {
+        *byte = (at % 251) as u8;
+    }
+    let punches = Arc::new(AtomicU64::new(0));
+    let counted = punches.clone();
+    let options = Options {
+        drain: false,
+        durable: false,
+        max_to_keep: Some(2),
+        fault: Some(Arc::new(move |op| {
+            counted.fetch_add(u64::from(op == Op::Punch), Ordering::Relaxed);
+            Ok(())
+        })),
+        ..Options::default()
+    };
+    let ck = Checkpointer::open(folder.0.clone(), vec![memory.array("a")], options).unwrap();
+    let mut state = 5;
+    let mut of_each = Vec::new();
+    for step in 0..24u64 {
+        for _ in 0..10 {
+            let at = random(&mut state) % (8 * MIB);
+            memory.bytes()[at] ^= 1 + step as u8;
+        }
+        let before = punches.load(Ordering::Relaxed);
+        ck.save(Some(step), "null".into()).unwrap();
+        settle(&ck).unwrap();
+        of_each.push(punches.load(Ordering::Relaxed) - before);
+    }
+    // Ten blocks and eight leaves at most, a directory and a record go with each point.
+    assert!(
+        of_each[3..]
+            .iter()
+            .all(|punches| (1..=20).contains(punches)),
+        "{of_each:?}"
+    );
+    assert_eq!(read(&folder.0, 23, 0), memory.bytes());
+    assert_eq!(read(&folder.0, 22, 0).len(), 8 * MIB);
+    assert_eq!(verify(&folder.0, None, &mut |_| true).unwrap().damage, []);
+}

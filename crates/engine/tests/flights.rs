@@ -1,5 +1,7 @@
 //! Reads in flight: what is read by the kernel while nobody waits for it comes whole, with its errors and its
 //! deadlines; and where the machine forbids such reads, everything is as before.
+//!
+//! Unsafe: posix_fadvise(2), for which the standard library has no function.
 
 mod common;
 

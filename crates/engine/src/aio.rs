@@ -2,8 +2,8 @@
 //!
 //! Why not io_uring: measured beside it on two processors, with sixteen threads that touch a cold file, it is the
 //! slower one. Its completions are run by the thread that submitted them, so that one thread asks for reads and
-//! puts them in place; here they are there for whoever asks, and one thread asks while another one puts in place
-//! (52 to 59 against 40 to 47 thousand a second). Containers forbid io_uring by default, too; these calls are allowed.
+//! puts them in place; here they are there for whoever asks, and one thread asks while another one puts in place.
+//! Containers forbid io_uring by default, too; these calls are allowed.
 //!
 //! Unsafe: system calls with plain structs; a read writes to memory that its caller must leave alone until the read
 //! has arrived.

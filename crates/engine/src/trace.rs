@@ -5,7 +5,7 @@
 //! limit meanwhile, so that more touches are faults. A second process of the same program, and a forked child,
 //! write to FILE.PID.
 //!
-//! [`Recorder::note`] is called while a fault is open: it takes no lock, allocates nothing and never waits. It
+//! [`Recorder::note`] is called while a fault is open, also in a handler of SIGBUS: it takes no lock, allocates nothing and never waits. It
 //! puts three words into a ring; a thread writes them out every [`PAUSE`]. When the ring is full, events are
 //! counted and lost.
 

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::random::Random;
 use common::*;
+use userfault_engine::readahead::Advice;
 use userfault_engine::{Access, FaultWay, OnError, Region};
 use userfault_store::{FileMode, FileOptions, FileStore, Store, ZeroStore};
 
@@ -119,6 +120,54 @@ extern "C" fn on_alarm(_: libc::c_int) {
         unsafe { ((base + at) as *const u8).read_volatile() };
     }
     IN_ALARMS.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// Calls of write(2) and its kin that this process has made.
+fn writes() -> u64 {
+    let io = std::fs::read_to_string("/proc/self/io").unwrap();
+    let line = io.lines().find_map(|line| line.strip_prefix("syscw: "));
+    line.unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_recording_names_what_the_handler_brought_itself_and_costs_no_allocation() {
+    let name = "a_recording_names_what_the_handler_brought_itself_and_costs_no_allocation";
+    let blocks = 600;
+    if apart::is_child(name) {
+        let kind = inline(COPIED);
+        let len = blocks * kind.block;
+        let region = Region::open(
+            file(len),
+            options(kind, Access::ReadOnly, len, Some(2 * len as u64)),
+        )
+        .unwrap();
+        // No walks: what they bring in is asked for in writing.
+        region.advise(0, len as u64, Advice::Random).unwrap();
+        let (before, calls) = (writes(), CALLS.get());
+        for block in 0..blocks {
+            touch::read(&region, (block * 251 % blocks) * kind.block);
+        }
+        let more = CALLS.get() - calls;
+        let handed = writes() - before;
+        assert_eq!(more, 0);
+        assert!(handed < blocks as u64 / 4, "{handed} writes to the pipe");
+        userfault_engine::write_out_trace();
+        let path = std::env::var("USERFAULT_TRACE").unwrap();
+        let recorded = std::fs::read_to_string(path).unwrap();
+        let mut named: Vec<usize> = recorded
+            .lines()
+            .filter(|line| line.ends_with(" m"))
+            .map(|line| line.split(' ').nth(3).unwrap().parse().unwrap())
+            .collect();
+        named.sort_unstable();
+        assert_eq!(named, (0..blocks).collect::<Vec<_>>());
+        return;
+    }
+    let path = std::env::temp_dir().join(format!("userfault-trace-{}", std::process::id()));
+    let environment = [("USERFAULT_TRACE", path.to_str().unwrap())];
+    let ended = apart::again(name, Duration::from_secs(60), &environment);
+    let _ = std::fs::remove_file(&path);
+    apart::check(name, &ended);
 }
 
 #[test]

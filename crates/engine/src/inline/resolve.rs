@@ -15,10 +15,11 @@ use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::engine::Engine;
 use crate::fill::longest_window;
-use crate::memory::Kind;
+use crate::memory;
 use crate::pool::Taken;
 use crate::stats::add;
 use crate::table::Table;
+use crate::trace::Kind;
 
 /// A sleeper waits so long for another toucher before it has the wait watched.
 const GLANCE: Duration = Duration::from_millis(20);
@@ -180,9 +181,9 @@ impl Engine {
         }
     }
 
-    /// True if every fill is noted in ways that a handler may not.
+    /// True if every fill is looked at in ways that a handler may not.
     fn watched(&self) -> bool {
-        self.hashing || self.recorder.is_some()
+        self.hashing
     }
 
     /// A resting block is touched again.
@@ -196,6 +197,7 @@ impl Engine {
             self.let_go_in_handler(body, block, State::Resting);
             return Touched::Handed(false);
         }
+        self.trace(Kind::Rested, body, block, thread);
         add(&body.counters.faults_minor, 1);
         add(&body.counters.hits, 1);
         self.mapped_in_handler(&mut body.lock_in_handler(), body, block, thread, true);
@@ -262,6 +264,8 @@ impl Engine {
             self.mapped_in_handler(&mut table, body, block, thread, false);
             table.settle_spans()
         };
+        // Only now: what is handed over is noted by whoever answers it.
+        self.trace(Kind::Missing, body, block, thread);
         add(&body.counters.faults_missing, 1);
         self.settle_in_handler(body, spans);
         Touched::Done
@@ -354,7 +358,7 @@ impl Engine {
             inline.headroom.ask();
         }
         if taken.ok {
-            if body.memory.kind() == Kind::Hugetlb || self.gate.pass_in_handler(bytes) {
+            if body.memory.kind() == memory::Kind::Hugetlb || self.gate.pass_in_handler(bytes) {
                 return Room::Taken {
                     limit: limit.unwrap_or(taken.limit),
                 };
@@ -377,7 +381,7 @@ impl Engine {
         }
         self.pool
             .give_back_in_handler(bytes, body.own_pool.is_none());
-        if body.memory.kind() != Kind::Hugetlb {
+        if body.memory.kind() != memory::Kind::Hugetlb {
             self.gate.give_back(bytes);
         }
     }

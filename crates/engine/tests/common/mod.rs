@@ -94,7 +94,7 @@ fn without() -> String {
 }
 
 /// The kernel's version.
-fn kernel() -> (u32, u32) {
+pub fn kernel() -> (u32, u32) {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let mut numbers = release.split(['.', '-']).map(|n| n.parse().unwrap_or(0));
     (numbers.next().unwrap(), numbers.next().unwrap())

@@ -18,6 +18,7 @@ def _row(name: str, role: Role, memory: str, *more: str) -> Contestant:
 FORK = _row("fork(), 4 KiB", "rival", "private:4KiB")
 FORK_HUGE = _row("fork(), 2 MiB", "rival", "private:2MiB")
 SAVE = _row("numpy.save", "rival", "numpy:4KiB")
+COPY = _row("a bare copy, 2 threads", "floor", "copy:4KiB")
 SMALL = _row("userfault, 4 KiB", "subject", "userfault:4KiB,off")
 DRAINED = _row("userfault, 4 KiB, drain", "subject", "userfault:4KiB")
 HUGE = _row("userfault, 2 MiB", "subject", "userfault:2MiB,off")
@@ -31,12 +32,13 @@ def _stall(gib: int, percent: int) -> Comparison:
         title=f"A point of {gib} GiB, {percent} % of the pages written since the last",
         text=(
             "Milliseconds; the median of five points is one sample. fork() is of a twin process with the "
-            "same bytes; numpy.save writes to the same disk. Nothing was drained."
+            "same bytes; numpy.save writes to the same disk. Nothing was drained. The floor copies the same "
+            "pages into memory that is there, and need not find out which they are."
         ),
         workload=("snapshot-stall", "--length", str(length), "--count", str(length // PAGE * percent // 100)),
         unit="ms",
         better="less",
-        contestants=(FORK, FORK_HUGE, SAVE, SMALL, HUGE),
+        contestants=(COPY, FORK, FORK_HUGE, SAVE, SMALL, HUGE),
         bars=(
             Bar(SMALL.name, FORK.name, limit),
             Bar(HUGE.name, FORK.name, 1 / 20),

@@ -1,6 +1,7 @@
 """Workloads of checkpoints: what a point costs the program, and how fast it is saved and read again.
 
-A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "numpy:4KiB" (numpy.save),
+A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "numpy:4KiB" (numpy.save), "copy:4KiB"
+(a bare copy of what was written: the floor of every point that copies at the cut),
 "userfault:PAGES[,off]" for tracked memory, with the drain or without, or "foreign:2MiB[,copy]" for memory
 that somebody else has made, tracked or copied.
 """
@@ -35,7 +36,8 @@ RATE = 10_000
 def _writer() -> ctypes.CDLL:
     lib = library("writer")
     lib.private_memory.restype = lib.start_writer.restype = ctypes.c_void_p
-    lib.timed_fork.restype = lib.rewrite.restype = lib.scatter.restype = ctypes.c_double
+    lib.timed_fork.restype = lib.rewrite.restype = ctypes.c_double
+    lib.scatter.restype = lib.copy_dirty.restype = ctypes.c_double
     lib.stop_writer.restype = lib.written.restype = ctypes.c_uint64
     return lib
 
@@ -69,6 +71,12 @@ class Subject:
             huge = int(self.pages == "2MiB")
             self.address = self.lib.private_memory(ctypes.c_uint64(length), huge)
             self.fill(length)
+            self.written = (0, 1)
+            if self.way == "copy":
+                self.aside = self.lib.private_memory(ctypes.c_uint64(length), 1)
+                self.lib.fill_words(
+                    ctypes.c_void_p(self.aside), ctypes.c_uint64(length // 4), ctypes.c_uint64(2)
+                )
             memory_of = (ctypes.c_uint8 * length).from_address(self.address)
             self.array = np.frombuffer(memoryview(memory_of).cast("B"), np.uint8)
             if self.way == "foreign":
@@ -89,6 +97,7 @@ class Subject:
 
     def dirty(self, count: int, seed: int) -> None:
         """Writes to so many pages."""
+        self.written = (count, seed)
         self.lib.dirty_pages(
             ctypes.c_void_p(self.address),
             ctypes.c_uint64(self.length),
@@ -105,6 +114,13 @@ class Subject:
             cpu = time.thread_time() - begin
             point.result()
             return point.stall, {"extra_bytes": float(point.extra_bytes), "stall_cpu_ms": cpu * 1e3}
+        if self.way == "copy":
+            count, seed = self.written
+            aside = ctypes.c_void_p(self.aside)
+            base, length = ctypes.c_void_p(self.address), ctypes.c_uint64(self.length)
+            return float(
+                self.lib.copy_dirty(base, length, ctypes.c_uint64(count), ctypes.c_uint64(seed), aside)
+            ), {}
         if self.way == "numpy":
             begin = time.perf_counter()
             np.save(self.folder / "array.npy", self.array)
@@ -139,6 +155,9 @@ def stall(options: argparse.Namespace) -> Facts:
         memory.point()
         stalls, all_facts = [], []
         for turn in range(5):
+            if memory.checkpointer:
+                # What is given back of the point before last is that point's work.
+                memory.checkpointer.wait()
             memory.dirty(options.count, turn + 1)
             took, facts = memory.point()
             stalls.append(took * 1e3)
@@ -221,6 +240,8 @@ def incremental(options: argparse.Namespace) -> Facts:
         memory.point()
         times = []
         for turn in range(3):
+            if memory.checkpointer:
+                memory.checkpointer.wait()
             memory.dirty(options.count, turn + 1)
             begin = time.perf_counter()
             memory.point()

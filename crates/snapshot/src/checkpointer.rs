@@ -1,6 +1,6 @@
 //! Saving arrays, again and again, while the program goes on.
 //!
-//! Unsafe: asks for the page size.
+//! Unsafe: asks for the page size, and how a thread is scheduled.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -144,7 +144,10 @@ impl Checkpointer {
         ));
         let saver = Saver::new(shared.clone(), index, manifest, next_segment);
         let watcher = shared.clone();
-        spawn("userfault-save", move || saver.run())?;
+        spawn("userfault-save", move || {
+            stand_back();
+            saver.run();
+        })?;
         spawn("userfault-watch", move || watcher.watch())?;
         Ok(Checkpointer {
             shared,
@@ -278,6 +281,19 @@ fn identity() -> u64 {
 fn page_size() -> usize {
     // SAFETY: sysconf takes a number; a page size exists on every Linux.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
+/// This thread does not interrupt another one when it is woken: a cut wakes the saver to help it, and on a busy
+/// machine would otherwise lose its processor to it.
+fn stand_back() {
+    // SAFETY: both take numbers and a struct that lives; they concern this thread alone. Advice: what fails is
+    // left as it is, and so is a program that is scheduled in real time.
+    unsafe {
+        if libc::sched_getscheduler(0) == libc::SCHED_OTHER {
+            let normal: libc::sched_param = std::mem::zeroed();
+            libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const normal);
+        }
+    }
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {

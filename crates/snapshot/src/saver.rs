@@ -223,58 +223,74 @@ impl Saver {
             }
         }
         let taken = job.taken.lock().clone();
+        let mut parts = parts(&shared, taken).into_iter().peekable();
         let mut buffer = vec![0; CHUNK];
-        for (data, blocks) in taken {
-            let source = &shared.sources[data];
-            let Way::Silent(ledger) = &source.way else {
-                continue;
+        while parts.peek().is_some() && !job.is_cancelled() {
+            if shared.wanted() {
+                // The next cut copies the rest sooner than it would wait for us.
+                return Ok(());
+            }
+            let Some(_cutting) = shared.after_cut(self.cut) else {
+                // The index will be that of a later cut: equal to this one proves nothing then.
+                return Ok(());
             };
-            let step = (DRAIN_STEP / source.block).max(1);
-            let mut first = blocks.start;
-            while first < blocks.end && !job.is_cancelled() {
-                let part = first..blocks.end.min(first + step);
-                first = part.end;
-                if shared.wanted() {
-                    // The next cut copies the rest sooner than it would wait for us.
-                    return Ok(());
+            let mut bytes = 0;
+            while bytes < DRAIN_STEP
+                && let Some((data, blocks)) = parts.next()
+            {
+                if let Some((data, next)) = parts.peek() {
+                    shared.sources[*data].prefetch(next.start);
                 }
-                let Some(_cutting) = shared.after_cut(self.cut) else {
-                    // The index will be that of a later cut: equal to this one proves nothing then.
-                    return Ok(());
-                };
-                let runs = ledger.take(source.pages_of(ledger, part.clone(), shared.page));
-                if runs.is_empty() {
-                    continue;
-                }
-                let (address, len, lead) = source.memory_of(part.clone());
-                buffer[..lead].fill(0);
-                let into = &mut buffer[lead..lead + len];
-                let read = if source.own.is_some() {
-                    source.copy_own(address, into);
-                    Ok(())
-                } else {
-                    source.copy_foreign(&[(address, len)], into)
-                };
-                if let Err(error) = read {
-                    for run in runs {
-                        ledger.put_back(run);
-                    }
-                    return Err(error);
-                }
-                let mut at = 0;
-                for block in part {
-                    let len = source.len_of(block..block + 1);
-                    let content = &buffer[at..at + len];
-                    at += len;
-                    let same = match self.index[data].get(block) {
-                        Some(Entry::ZERO) => is_zero(content),
-                        Some(entry) => entry.hash == hash(content),
-                        None => false,
-                    };
-                    if !same {
-                        shared.put_back(data, block..block + 1);
-                    }
-                }
+                bytes += shared.sources[data].len_of(blocks.clone());
+                self.settle_part(data, blocks, &mut buffer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares blocks that are protected now with what was saved of them.
+    fn settle_part(
+        &self,
+        data: usize,
+        blocks: Range<usize>,
+        buffer: &mut [u8],
+    ) -> Result<(), Error> {
+        let shared = &self.shared;
+        let source = &shared.sources[data];
+        let Way::Silent(ledger) = &source.way else {
+            return Ok(());
+        };
+        let runs = ledger.take(source.pages_of(ledger, blocks.clone(), shared.page));
+        if runs.is_empty() {
+            return Ok(());
+        }
+        let (address, len, lead) = source.memory_of(blocks.clone());
+        buffer[..lead].fill(0);
+        let into = &mut buffer[lead..lead + len];
+        let read = if source.own.is_some() {
+            source.copy_own(address, into);
+            Ok(())
+        } else {
+            source.copy_foreign(&[(address, len)], into)
+        };
+        if let Err(error) = read {
+            for run in runs {
+                ledger.put_back(run);
+            }
+            return Err(error);
+        }
+        let mut at = 0;
+        for block in blocks {
+            let len = source.len_of(block..block + 1);
+            let content = &buffer[at..at + len];
+            at += len;
+            let same = match self.index[data].get(block) {
+                Some(Entry::ZERO) => is_zero(content),
+                Some(entry) => entry.hash == hash(content),
+                None => false,
+            };
+            if !same {
+                shared.put_back(data, block..block + 1);
             }
         }
         Ok(())
@@ -453,4 +469,19 @@ impl Saver {
             std::thread::sleep(wait.min(Duration::from_millis(100)));
         }
     }
+}
+
+/// Silently tracked blocks in parts of at most [`DRAIN_STEP`] bytes.
+fn parts(shared: &Shared, taken: Vec<(usize, Range<usize>)>) -> Vec<(usize, Range<usize>)> {
+    let mut parts = Vec::with_capacity(taken.len());
+    for (data, mut blocks) in taken {
+        let source = &shared.sources[data];
+        let step = (DRAIN_STEP / source.block).max(1);
+        while !blocks.is_empty() && matches!(source.way, Way::Silent(_)) {
+            let part = blocks.start..blocks.end.min(blocks.start + step);
+            blocks.start = part.end;
+            parts.push((data, part));
+        }
+    }
+    parts
 }

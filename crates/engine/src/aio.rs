@@ -138,14 +138,12 @@ mod tests {
 
     #[test]
     fn what_is_submitted_arrives_with_its_bytes_and_its_name() {
-        let mut file = std::fs::File::create_new(
-            std::env::temp_dir().join(format!("userfault-aio-{}", std::process::id())),
-        )
-        .expect("a new file");
+        let path = std::env::temp_dir().join(format!("userfault-aio-{}", std::process::id()));
+        let mut file = std::fs::File::create_new(&path).expect("a new file");
         file.write_all(&[7; 8192]).unwrap();
         file.sync_all().unwrap();
-        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        let file = std::fs::File::open(path).unwrap();
+        let file = std::fs::File::open(&path).unwrap();
+        let _ = std::fs::remove_file(&path);
         let mut bytes = [[0u8; 4096]; 2];
         let aio = Aio::new(8).expect("native asynchronous reads");
         let orders = [0, 1].map(|index| Order {
@@ -167,9 +165,6 @@ mod tests {
             );
         }
         arrived.sort_unstable();
-        let _ = std::fs::remove_file(
-            std::env::temp_dir().join(format!("userfault-aio-{}", std::process::id())),
-        );
         // A file system without reads that do not wait takes none, and says so.
         if taken == 2 && arrived.iter().all(|(_, result)| *result == 4096) {
             assert_eq!(arrived, [(40, 4096), (41, 4096)]);

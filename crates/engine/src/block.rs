@@ -142,10 +142,8 @@ pub fn answer(state: State, fault: Fault, present: impl FnOnce() -> bool) -> Ans
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PURPOSES: [Purpose; 7] = [
+impl Purpose {
+    pub(crate) const ALL: [Purpose; 7] = [
         Purpose::Fill,
         Purpose::Map,
         Purpose::Refill,
@@ -154,6 +152,12 @@ mod tests {
         Purpose::Write,
         Purpose::Heal,
     ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
     const FAULTS: [Fault; 3] = [Fault::Missing, Fault::Minor, Fault::WriteProtect];
 
     #[test]
@@ -200,7 +204,9 @@ mod tests {
             let mut next = 0;
             while let Some(&state) = seen.get(next) {
                 next += 1;
-                let claimed = PURPOSES.iter().filter_map(|purpose| claim(state, *purpose));
+                let claimed = Purpose::ALL
+                    .iter()
+                    .filter_map(|purpose| claim(state, *purpose));
                 for after in claimed.chain(released(state)) {
                     if !seen.contains(&after) {
                         seen.push(after);
@@ -214,7 +220,7 @@ mod tests {
     #[test]
     fn an_owned_block_is_never_claimed_and_its_faults_wait_but_for_writes_beside_a_write_back() {
         for state in State::ALL.into_iter().filter(|state| state.exclusive()) {
-            for purpose in PURPOSES {
+            for purpose in Purpose::ALL {
                 assert_eq!(claim(state, purpose), None);
             }
             for fault in FAULTS {
@@ -233,7 +239,7 @@ mod tests {
     #[test]
     fn every_claim_is_exclusive() {
         for state in State::ALL {
-            for purpose in PURPOSES {
+            for purpose in Purpose::ALL {
                 if let Some(next) = claim(state, purpose) {
                     assert!(!state.exclusive() && next.exclusive());
                 }

@@ -26,7 +26,6 @@ use crate::limit;
 use crate::pool::Pool;
 use crate::room::Gate;
 use crate::served::{Peers, Registry};
-use crate::signals;
 use crate::staging::Staging;
 use crate::stats::Counters;
 use crate::trace::Recorder;
@@ -177,17 +176,14 @@ impl Engine {
     }
 
     pub(crate) fn by_id(&self, id: u32) -> Option<Arc<Body>> {
-        let _shield = signals::shield();
         self.by_id.read().get(&id).cloned()
     }
 
     pub(crate) fn bodies(&self) -> Vec<Arc<Body>> {
-        let _shield = signals::shield();
         self.by_id.read().values().cloned().collect()
     }
 
     pub(crate) fn admit(&self, body: &Arc<Body>) {
-        let _shield = signals::shield();
         self.by_id.write().insert(body.id, body.clone());
         self.by_address
             .write()
@@ -195,7 +191,6 @@ impl Engine {
     }
 
     pub(crate) fn dismiss(&self, body: &Body) {
-        let _shield = signals::shield();
         if put_back(Defect::UserfaultfdForEach) {
             crate::defects::close_the_one_of(body.id);
         }

@@ -430,16 +430,6 @@ mod tests {
         (*seed >> 16) as usize % below
     }
 
-    const PURPOSES: [Purpose; 7] = [
-        Purpose::Fill,
-        Purpose::Map,
-        Purpose::Refill,
-        Purpose::Evict,
-        Purpose::Clean,
-        Purpose::Write,
-        Purpose::Heal,
-    ];
-
     /// Any owner may end in any of these; the table does not judge it.
     const ENDS: [State; 4] = [
         State::Absent,
@@ -475,7 +465,7 @@ mod tests {
                         }
                     }
                 } else {
-                    let purpose = PURPOSES[random(&mut seed_now, PURPOSES.len())];
+                    let purpose = Purpose::ALL[random(&mut seed_now, Purpose::ALL.len())];
                     let pinned = random(&mut seed_now, 4) == 0;
                     if pinned {
                         table.pins.insert(block, Pins::default());
@@ -527,7 +517,7 @@ mod tests {
             State::Resting,
             State::Poisoned,
         ] {
-            for purpose in PURPOSES {
+            for purpose in Purpose::ALL {
                 for sealed in [false, true] {
                     let mut table = Table::new(1, 1, 1, 1);
                     table.set(0, state);

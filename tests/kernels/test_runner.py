@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import lzma
+import os
 import struct
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -162,3 +165,16 @@ def test_a_file_after_a_kill_is_judged() -> None:
     torn = bytearray(content(page1=3, page2=4))
     torn[4096:4104] = struct.pack("<Q", 4)
     assert suite.judged(bytes(torn), 4) == "pages [1] are torn"
+
+
+def test_a_kernel_that_does_not_note_writes_is_said_to_refuse_inline_ones() -> None:
+    command = "from tools.kernels import suite; print(suite.inline_writes_are_refused())"
+    said = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=suite.ROOT,
+        env={**os.environ, "USERFAULT_WITHOUT": "wp_async"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "needs a kernel that notes writes by itself" in said

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -21,6 +22,11 @@ from userfault.testing.hugetlb_pool import PoolUnavailable, reserved
 from userfault.testing.memory_cgroup import CgroupUnavailable, MemoryCgroup
 
 ROOT = Path(__file__).parent.parent
+HUGE = 2 << 20
+FILL = b"\1" * HUGE
+MAP_HUGETLB = 0x40000
+TOUCHED = 2 << 30
+"""Bytes of ordinary memory that are touched before each sample; what is freed last is taken first."""
 SECONDS = 900
 """A sample that takes longer is killed, and counts as unavailable."""
 
@@ -106,8 +112,10 @@ def take(comparison: Comparison, contestant: Contestant) -> Sample:
             if comparison.file:
                 path, further = stack.enter_context(comparison.file())
                 environment["BENCH_FILE"] = str(path)
+            touch_memory(TOUCHED, mmap.MAP_PRIVATE)
             if contestant.huge_pages:
                 stack.enter_context(reserved(contestant.huge_pages))
+                touch_memory(contestant.huge_pages * HUGE, mmap.MAP_PRIVATE | MAP_HUGETLB)
             line = [sys.executable, *command(comparison, contestant), *further]
             if contestant.cgroup:
                 line = stack.enter_context(MemoryCgroup(contestant.cgroup)).joining(line)
@@ -117,6 +125,20 @@ def take(comparison: Comparison, contestant: Contestant) -> Sample:
             return sample
     except (PoolUnavailable, CgroupUnavailable) as error:
         return {"unavailable": str(error.strerror)}
+
+
+def touch_memory(length: int, flags: int) -> None:
+    """Writes to so many bytes and frees them again.
+
+    A guest gives free memory back to its host (free page reporting), and whoever gets it next waits for the
+    host: 5.2 ms for each page of 2 MiB of a new pool here, and 0.4 ms for one that was touched a moment
+    before. That is no cost of any contestant.
+    """
+    with mmap.mmap(-1, length, flags=flags | mmap.MAP_ANONYMOUS) as memory:
+        if not flags & MAP_HUGETLB:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, length, HUGE):
+            memory[start : start + HUGE] = FILL
 
 
 def clean_environment() -> dict[str, str]:

@@ -262,10 +262,12 @@ def _zipf(layout: str) -> tuple[Comparison, Comparison]:
             Contestant("mmap", "rival", (*_memory("mmap"), *few), cgroup=limit),
             Contestant("mmap, MADV_RANDOM", "rival", (*_memory("mmap:random"), *many), cgroup=limit),
             Contestant("userfault, 4 KiB", "subject", (*_memory("userfault:4KiB"), *many)),
+            Contestant("userfault, 4 KiB, inline", "subject", (*_memory("userfault:4KiB,inline"), *many)),
         ),
         bars=(
             Bar("userfault, 4 KiB", "mmap", 1.0, "goal"),
             Bar("userfault, 4 KiB", "mmap, MADV_RANDOM", 1.0, "goal"),
+            Bar("userfault, 4 KiB, inline", "mmap, MADV_RANDOM", 1.0, "goal"),
         ),
         rounds=3,
         file=partial(kept, on_disk(), length),
@@ -326,6 +328,7 @@ def _scaling(what: str) -> Comparison:
     rows: tuple[tuple[str, Literal["rival", "subject"], str, int], ...] = (
         ("mmap, MADV_RANDOM", "rival", "mmap:random", limit),
         ("userfault", "subject", "userfault:4KiB", 0),
+        ("userfault, inline", "subject", "userfault:4KiB,inline", 0),
     )
     contestants = tuple(
         Contestant(

@@ -171,6 +171,11 @@ impl Engine {
                     self.clock.watch_sleepers(&body, block);
                 }
                 add(&counters.waits, 1);
+                let on_its_way = table.state(block) == State::Filling;
+                drop(table);
+                if on_its_way && !touch.noted && touch.fault != Fault::WriteProtect {
+                    self.look_ahead(&body, block, touch.thread);
+                }
             }
             Answer::Wake => {
                 drop(table);

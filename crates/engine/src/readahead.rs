@@ -1,8 +1,10 @@
 //! Read-ahead: noticing that a thread walks, and bringing in what it will touch next.
 //!
 //! Each touching thread may walk in several places at once (a merge reads two runs). A walk is seen by its
-//! missing faults alone: what was brought in ahead raises none, so the next fault of a walk comes where
-//! the last window ended, and asks for a window twice as long. A fault anywhere else costs nothing but a look
+//! faults alone: what was brought in ahead raises none, so the next fault of a walk comes where the last window
+//! ended, and asks for a window twice as long. Who walks faster than the store reads touches blocks that are
+//! still on their way: such a touch in the second half of a window asks for the next one at once, so that the
+//! store has something to do all the time. A fault anywhere else costs nothing but a look
 //! at a few entries; a walk that stops is forgotten when its entry is needed. Forward, backward and strided
 //! walks are one rule: the step between the first two faults.
 //!
@@ -51,6 +53,9 @@ struct Walk {
     step: i64,
     /// The window that was asked for last; 0 if none was.
     window: u32,
+    /// Blocks up to `last` that were asked for: the window, what was left of the one before, and the block
+    /// whose touch asked.
+    asked: u32,
     /// Steps that were seen one after the other, before the first window.
     steps: u32,
     /// When it was seen last, by the count of faults.
@@ -58,12 +63,29 @@ struct Walk {
 }
 
 impl Walk {
-    /// True if `block` lies in the window that was asked for.
-    fn has_asked_for(&self, block: i64) -> bool {
+    /// If `block` was asked for, how many blocks beyond it were.
+    fn asked_beyond(&self, block: i64) -> Option<u32> {
         let back = self.last - block;
-        self.window > 0
-            && back % self.step == 0
-            && (0..i64::from(self.window)).contains(&(back / self.step))
+        (self.window > 0 && back % self.step == 0)
+            .then(|| back / self.step)
+            .filter(|beyond| (0..i64::from(self.asked)).contains(beyond))
+            .map(|beyond| beyond as u32)
+    }
+
+    /// Asks for the next window, `left` blocks of the last being still on their way.
+    fn ask(&mut self, left: u32, longest: u32, advice: Advice) -> Window {
+        self.window = match advice {
+            Advice::Sequential => longest,
+            _ => (self.window * 2).clamp(2, longest.max(2)).min(longest),
+        };
+        let first = self.last + self.step;
+        self.last += self.step * i64::from(self.window);
+        self.asked = left + self.window + 1;
+        Window {
+            first,
+            step: self.step,
+            count: self.window,
+        }
     }
 }
 
@@ -97,7 +119,8 @@ pub struct Window {
 }
 
 impl Walks {
-    /// Notes a missing fault of `thread` on `block`. `longest` is the longest window, in blocks.
+    /// Notes a touch by `thread` of `block`, which is absent or on its way. `longest` is the longest window, in
+    /// blocks.
     pub fn fault(
         &mut self,
         thread: u32,
@@ -126,23 +149,29 @@ impl Walks {
                 walk.last = block;
                 return None;
             }
-            walk.window = match advice {
-                Advice::Sequential => longest,
-                _ => (walk.window * 2).clamp(2, longest.max(2)).min(longest),
-            };
-            walk.last = block + walk.step * i64::from(walk.window);
-            return Some(Window {
-                first: block + walk.step,
-                step: walk.step,
-                count: walk.window,
-            });
+            walk.last = block;
+            return Some(walk.ask(0, longest, advice));
         }
-        // It was touched before it came: the walk goes on as it was.
+        // It is touched before it came.
+        if let Some((walk, beyond)) = self
+            .walks
+            .iter_mut()
+            .filter(mine)
+            .find_map(|walk| walk.asked_beyond(block).map(|beyond| (walk, beyond)))
+        {
+            walk.seen = self.faults;
+            if beyond >= walk.window.div_ceil(2) {
+                return None;
+            }
+            self.credit = (self.credit + 1).min(CREDIT);
+            return Some(walk.ask(beyond, longest, advice));
+        }
+        // It was noted already.
         if self
             .walks
             .iter_mut()
             .filter(mine)
-            .any(|walk| walk.has_asked_for(block))
+            .any(|walk| walk.last == block)
         {
             return None;
         }
@@ -151,7 +180,7 @@ impl Walks {
             .walks
             .iter_mut()
             .filter(mine)
-            .filter(|walk| walk.last != block && (walk.last - block).abs() <= LONGEST_STEP)
+            .filter(|walk| (walk.last - block).abs() <= LONGEST_STEP)
             .max_by_key(|walk| walk.seen);
         let seen = self.faults;
         let (walk, step) = if let Some(walk) = near {
@@ -169,6 +198,7 @@ impl Walks {
             last: block,
             step,
             window: 0,
+            asked: 0,
             steps: 0,
             seen,
         };
@@ -271,27 +301,39 @@ mod tests {
     }
 
     #[test]
-    fn a_touch_of_what_is_on_its_way_does_not_disturb_the_walk() {
+    fn who_overtakes_the_store_has_the_next_window_asked_for_in_the_middle_of_the_last() {
         for step in [1i64, -1, 5] {
             let mut walks = Walks::default();
             let place = |n: i64| (10_000 + n * step) as u32;
-            let mut next = 2;
-            let mut window = None;
-            for n in 0..=next {
-                window = walks.fault(1, place(n), 16, Advice::Normal);
-            }
-            for _ in 0..6 {
-                let asked = window.expect("the walk is known");
-                assert_eq!(asked.step, step);
-                // None of it is there yet when it is touched.
-                for n in 1..=i64::from(asked.count) {
-                    assert_eq!(walks.fault(1, place(next + n), 16, Advice::Normal), None);
+            // How many blocks beyond the touched one are asked for: none is ever there when it is touched.
+            let mut beyond = 0i64;
+            let mut windows = 0;
+            for n in 0..400 {
+                let asked = walks.fault(1, place(n), 16, Advice::Normal);
+                // Nor does a second look at the same touch change anything.
+                assert_eq!(walks.fault(1, place(n), 16, Advice::Normal), None);
+                beyond = (beyond - 1).max(0);
+                if let Some(asked) = asked {
+                    assert_eq!(asked.step, step);
+                    // Right behind what was asked for before.
+                    assert_eq!(asked.first, i64::from(place(n + beyond + 1)));
+                    beyond += i64::from(asked.count);
+                    windows += 1;
                 }
-                next += i64::from(asked.count) + 1;
-                window = walks.fault(1, place(next), 16, Advice::Normal);
+                if n > 30 {
+                    assert!((8..=24).contains(&beyond), "{beyond} beyond {n}");
+                }
             }
-            assert_eq!(window.map(|window| window.count), Some(16));
+            assert!(windows < 400 / 16 + 8, "{windows}");
         }
+    }
+
+    #[test]
+    fn a_first_touch_that_is_noted_twice_is_one_touch() {
+        let mut walks = Walks::default();
+        assert_eq!(walks.fault(1, 7, 16, Advice::Normal), None);
+        assert_eq!(walks.fault(1, 7, 16, Advice::Normal), None);
+        assert_eq!(walks.walks.iter().filter(|walk| walk.seen > 0).count(), 1);
     }
 
     #[test]

@@ -247,9 +247,13 @@ impl Engine {
             }
         };
         if let Some(window) = body.walked_in_handler(thread, block, longest_window(body, limit)) {
-            inline
-                .handover
-                .send(Request::ahead(address, thread, window.step, window.count));
+            let before = window.first - window.step;
+            if (0..i64::from(body.all_blocks())).contains(&before) {
+                let before = body.memory.main() + before as usize * body.block;
+                inline
+                    .handover
+                    .send(Request::ahead(before, thread, window.step, window.count));
+            }
         }
         if !self.bring_in(inline, body, block) {
             return self.undone_in_handler(inline, body, block, address);

@@ -18,6 +18,48 @@ use userfault_store::Store;
 pub const SMALL: usize = 4096;
 pub const HUGE: usize = 2 << 20;
 
+/// A store that can only be read, by a function of the offset and what is to be filled.
+pub struct Readable<F> {
+    pub len: u64,
+    pub preferred: usize,
+    pub read: F,
+}
+
+impl<F: Fn(u64, &mut [u8]) + Send + Sync> Store for Readable<F> {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        (self.read)(offset, buf);
+        Ok(())
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn punch(&self, _offset: u64, _len: u64) -> io::Result<()> {
+        Err(io::ErrorKind::ReadOnlyFilesystem.into())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn writable(&self) -> bool {
+        false
+    }
+
+    fn preferred_block(&self) -> usize {
+        self.preferred
+    }
+
+    fn name(&self) -> String {
+        "what can only be read".into()
+    }
+}
+
 /// A way for a block to be in memory, by block size, pages and access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kind {

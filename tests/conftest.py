@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -123,3 +125,15 @@ def memory_cgroup() -> Iterator[Callable[[int], MemoryCgroup]]:
                 pytest.skip(f"needs a memory control group: {error.strerror}")
 
         yield make
+
+
+@pytest.fixture
+def longest_file() -> Iterator[int]:
+    """No file of this process may become longer than so many bytes, as on a small file system."""
+    longest = 1 << 20
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (longest, hard))
+    yield longest
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from typing import Any, Literal, SupportsIndex, TypeAlias, cast
@@ -12,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from userfault import _native
 from userfault.opening import Options, private_region
-from userfault.region import Region, as_shape, mappable
+from userfault.region import LARGEST_REGION, Region, as_shape, bytes_of, mappable
 from userfault.sizes import Size, in_words, parse_size
 
 __all__ = ["Arena", "empty", "full", "zeros"]
@@ -42,7 +41,8 @@ def zeros(
     What has been written leaves memory for a file without a name in the folder `scratch` (the temporary
     folder by default) when memory is short; the file ends with the array, or with the process. `pages` and
     `memory_limit` (bytes or text) are those of `userfault.open`. While the folder's disk is full, nothing
-    that was written leaves memory, and a touch that needs room waits; nothing is lost.
+    that was written leaves memory, and a touch that needs room waits: a line on stderr says so after a
+    second, and after 90 the touch ends with SIGBUS. Nothing is lost.
 
     A forked child cannot use the array: its memory is SIGSEGV there.
 
@@ -53,16 +53,18 @@ def zeros(
     a GiB, and the first write to each 2 MiB afterwards waits until they are saved. A forked child has a
     copy of its own, as of any array; only hugetlb pages it does not get.
 
-    Raises ValueError for a type that holds Python objects or a negative shape, OSError if the folder takes no
-    file or this machine does not allow userfaultfd.
+    Raises ValueError for a type that holds Python objects, a negative shape, another order than "C" and "F",
+    and for more bytes than an address space has; OSError if the folder takes no file of that size or this
+    machine does not allow userfaultfd.
     """
-    kind = mappable(np.dtype(dtype))
-    sizes = as_shape(shape)
-    nbytes = math.prod(sizes) * kind.itemsize
+    kind, sizes, nbytes = _checked(shape, dtype, order)
+    _checked_pages(pages)
+    if track:
+        _checked_tracking(scratch, memory_limit)
     if nbytes == 0:
         return np.zeros(sizes, kind, order)
     if track:
-        memory = _tracked(nbytes, scratch, pages, memory_limit)
+        memory = _native.TrackedMemory(nbytes, pages)
         return np.ndarray(sizes, kind, cast("memoryview", memory), order=order)
     region = _region(nbytes, scratch, pages, memory_limit, name=f"array of {in_words(nbytes)}")
     return region.ndarray(kind, sizes, order)
@@ -112,15 +114,20 @@ def full(
     return array
 
 
-def _tracked(
-    nbytes: int, scratch: Folder | None, pages: str, memory_limit: Size | None
-) -> _native.TrackedMemory:
+def _checked(shape: Shape, dtype: DTypeLike, order: str) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Type, shape and size in bytes of an array, checked."""
+    kind = mappable(np.dtype(dtype))
+    sizes = as_shape(shape)
+    if order not in ("C", "F"):
+        raise ValueError(f"order is {order!r}: it must be 'C' or 'F'")
+    return kind, sizes, bytes_of(sizes, kind)
+
+
+def _checked_tracking(scratch: Folder | None, memory_limit: Size | None) -> None:
     if scratch is not None or memory_limit is not None:
         raise ValueError(
             "track=True keeps the array in memory: neither scratch nor memory_limit can be given with it"
         )
-    _checked_pages(pages)
-    return _native.TrackedMemory(nbytes, pages)
 
 
 def _checked_pages(pages: str) -> None:
@@ -131,7 +138,6 @@ def _checked_pages(pages: str) -> None:
 def _region(
     nbytes: int, scratch: Folder | None, pages: str, memory_limit: Size | None, *, name: str
 ) -> Region:
-    _checked_pages(pages)
     options = Options(
         pages=pages, memory_limit=None if memory_limit is None else parse_size(memory_limit, "memory_limit")
     )
@@ -164,8 +170,12 @@ class Arena:
             raise ValueError("nbytes is 0: an arena without room holds no array")
         self._name = name or f"arena of {in_words(size)}"
         self._memory: Region | _native.TrackedMemory
+        if size > LARGEST_REGION:
+            raise ValueError(f"nbytes is {size}, which does not fit into the address space")
+        _checked_pages(pages)
         if track:
-            self._memory = _tracked(size, scratch, pages, None)
+            _checked_tracking(scratch, None)
+            self._memory = _native.TrackedMemory(size, pages)
         else:
             self._memory = _region(size, scratch, pages, None, name=self._name)
         self._used = 0
@@ -183,12 +193,10 @@ class Arena:
     def zeros(self, shape: Shape, dtype: DTypeLike = float, order: Literal["C", "F"] = "C") -> NDArray[Any]:
         """An array of zeros in the arena.
 
-        Raises MemoryError if the rest of the arena is too small, ValueError for a type that holds Python
-        objects or a negative shape.
+        Raises MemoryError if the rest of the arena is too small, ValueError for what `userfault.zeros` does
+        not take.
         """
-        kind = mappable(np.dtype(dtype))
-        sizes = as_shape(shape)
-        nbytes = math.prod(sizes) * kind.itemsize
+        kind, sizes, nbytes = _checked(shape, dtype, order)
         if nbytes == 0:
             return np.zeros(sizes, kind, order)
         start = -(-self._used // _ALIGNMENT) * _ALIGNMENT

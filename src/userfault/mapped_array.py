@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from userfault import _native
 from userfault.opening import Options, checked_block, private_region, region_over
-from userfault.region import Region, as_bytes, as_shape, mappable
+from userfault.region import Region, as_bytes, as_shape, bytes_of, mappable
 from userfault.sizes import Size, parse_size
 
 __all__ = ["memmap"]
@@ -96,7 +96,7 @@ class memmap(np.ndarray[Any, Any]):
         options = as_options(memory_limit, block)
         if scratch is not None and mode != "c":
             raise ValueError(f"scratch is for private changes, in mode 'c'; mode is {mode!r}")
-        store = _open_file(path, mode, None if sizes is None else start + _nbytes(sizes, kind))
+        store = _open_file(path, mode, None if sizes is None else start + bytes_of(sizes, kind))
         if sizes is None:
             count, rest = divmod(len(store) - start, kind.itemsize)
             if count < 0 or rest:
@@ -173,7 +173,17 @@ class memmap(np.ndarray[Any, Any]):
         begin = self._region.offset + low - self._region.address
         view = (self.dtype, self.shape, self.strides, first - low)
         limits = Options(memory_limit=options["memory_limit"], block=self._region.block)
-        return _reopened_view, (path, mode, begin, high - low, view, limits, self.filename, self.offset)
+        return _reopened_view, (
+            path,
+            mode,
+            begin,
+            high - low,
+            view,
+            limits,
+            self.filename,
+            self.offset,
+            options.get("scratch"),
+        )
 
     def __reduce__(self) -> Any:
         return self.__reduce_ex__(2)
@@ -223,7 +233,7 @@ def over(
 
     Raises ValueError if the file is too short.
     """
-    nbytes = _nbytes(shape, dtype)
+    nbytes = bytes_of(shape, dtype)
     if offset + nbytes > len(store):
         raise ValueError(
             f"an array of shape {shape} of {dtype} at offset {offset} ends at byte {offset + nbytes}; "
@@ -272,9 +282,10 @@ def _reopened_view(
     options: Options,
     filename: str | Path,
     offset: int,
+    scratch: str | os.PathLike[str] | None = None,
 ) -> memmap:
     dtype, shape, strides, first = view
-    region, inside = _region(_open_file(path, mode, None), mode, begin, nbytes, options)
+    region, inside = _region(_open_file(path, mode, None), mode, begin, nbytes, options, scratch)
     array = np.ndarray.__new__(memmap, shape, dtype, as_bytes(region), inside + first, strides)
     array._region = region
     array.filename, array.offset, array.mode = filename, offset, mode
@@ -332,10 +343,3 @@ def _open_file(path: str, mode: str, end: int | None) -> _native.FileStore:
     if mode in ("r", "c"):
         return _native.FileStore(path, "r")
     return _native.FileStore(path, "w" if mode == "w+" else "r+", length=end)
-
-
-def _nbytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count * dtype.itemsize

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, SupportsIndex, TypeAlias, cast
 
 from userfault import _native
-from userfault.region import Region, at_exit
+from userfault.region import LARGEST_REGION, Region, at_exit
 from userfault.sizes import Size, in_words, parse_size
 
 __all__ = ["Options", "open", "private_region", "region_over"]
@@ -23,7 +23,6 @@ _LARGEST_BLOCK = 64 << 20
 _HUGE = 2 << 20
 _LONGEST_RETRY = 1e9
 """Seconds; more do not fit into the clocks below."""
-_LARGEST_REGION = 1 << 46
 
 
 def open(
@@ -76,7 +75,8 @@ def open(
       read. True makes a reader exclude writers too; False locks nothing.
     - `scratch`: the folder where private changes of mode "c" go when memory is short, in a file without a
       name; the temporary folder by default. While it is full, nothing that was changed leaves memory, and a
-      touch that needs room waits for it, at last with SIGBUS and a line on stderr; no change is lost.
+      touch that needs room waits for it: a line on stderr says so after a second, and after a minute and
+      `retry_for` the touch ends with SIGBUS. No change is lost.
     - `fault`: who brings what is touched. "threads" are threads of the engine. "inline" is the thread that
       touches, in a handler of SIGBUS: a fault takes a fraction of the time, but system calls on memory that
       is absent fail with EFAULT (use `Region.pin`, `pread`, `pwrite` and `readinto`), a thread that blocks
@@ -97,7 +97,7 @@ def open(
         raise ValueError(f"offset is {begin}: it is a number of bytes from the beginning")
     if wanted == 0:
         raise ValueError("length is 0: an empty region has no memory")
-    if begin + (wanted or 0) > _LARGEST_REGION:
+    if begin + (wanted or 0) > LARGEST_REGION:
         raise ValueError(f"{wanted} bytes at {begin} do not fit into the address space")
     options = Options(
         block=None if block == "auto" else checked_block(block),
@@ -191,7 +191,7 @@ def private_region(
         store,
         offset=offset,
         length=length or 0,
-        folder=os.fspath(scratch) if scratch is not None else tempfile.gettempdir(),
+        folder=os.fsdecode(scratch) if scratch is not None else tempfile.gettempdir(),
         name=name or (store.name if store is not None else "array"),
     )
     region = region_over(overlay, "c", 0, length, options, owned=False)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockError", "Region"]
 
+LARGEST_REGION = 1 << 46
+"""Bytes; more do not fit beside their view into an address space of 47 bits."""
+
 _CHUNK = 8 << 20
 """Bytes that readinto() asks of a file object at a time, if it has no descriptor."""
 
@@ -113,7 +116,7 @@ class Region(_native.Region):
             shape = (count,)
         else:
             shape = as_shape(shape)
-            needed = math.prod(shape) * dtype.itemsize
+            needed = bytes_of(shape, dtype)
             if needed > len(self) - offset:
                 raise ValueError(
                     f"an array of shape {shape} of {dtype} takes {needed} bytes; from offset {offset} on the "
@@ -263,6 +266,17 @@ def as_shape(shape: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, ...]:
     if any(number < 0 for number in numbers):
         raise ValueError(f"shape is {numbers}: it has a negative dimension")
     return numbers
+
+
+def bytes_of(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """Bytes of an array. Raises ValueError if no address space has so many."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes > LARGEST_REGION:
+        raise ValueError(
+            f"an array of shape {shape} of {dtype} takes {nbytes} bytes, which do not fit into the address "
+            "space"
+        )
+    return nbytes
 
 
 _open: weakref.WeakSet[Region] = weakref.WeakSet()

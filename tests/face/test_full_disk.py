@@ -93,3 +93,77 @@ def test_a_full_disk_loses_nothing_and_says_so_until_there_is_room(
     if done.status == 77:
         pytest.skip(f"needs the right to mount {kind}: {done.stderr.strip()}")
     assert done.stdout == "all there\n", done.stderr
+
+
+SCRATCH = """
+import ctypes, errno, os, sys, threading, time
+import numpy as np
+import userfault
+
+way, mount, folder = sys.argv[1:]
+libc = ctypes.CDLL(None, use_errno=True)
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
+if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
+    sys.exit(77)
+if libc.mount(b"tmpfs", mount.encode(), b"tmpfs", 0, b"size=8m"):
+    sys.exit(77)
+MIB = 1 << 20
+ballast = mount + "/ballast"
+with open(ballast, "wb") as file:
+    file.write(bytes(7 * MIB))
+region = None
+if way == "zeros":
+    array = userfault.zeros(6 * MIB, np.uint8, memory_limit="2MiB", scratch=mount)
+else:
+    np.zeros(6 * MIB, np.uint8).tofile(folder + "/below")
+    region = userfault.open(
+        folder + "/below", "c", block="64KiB", memory_limit="2MiB", scratch=mount, fault=way
+    )
+    array = region.ndarray(np.uint8)
+
+
+def value(at):
+    return 1 + at // 4096 % 250
+
+
+# One MiB finds room on the disk and two in memory: here the next touch waits, until there is room.
+def write():
+    for at in range(0, 6 * MIB, 4096):
+        array[at : at + 4096] = value(at)
+
+
+writing = threading.Thread(target=write, daemon=True)
+writing.start()
+writing.join(4)
+assert writing.is_alive(), "the disk was not full"
+if region is not None:
+    try:
+        region.evict()
+        raise SystemExit("evicted, although the disk is full")
+    except userfault.StoreError as error:
+        assert error.errno == errno.ENOSPC, error
+        assert mount in str(error), error
+os.remove(ballast)
+writing.join(60)
+assert not writing.is_alive(), "there is room, and nobody goes on"
+assert all((array[at : at + 4096] == value(at)).all() for at in range(0, 6 * MIB, 4096))
+print("all there")
+"""
+
+
+@pytest.mark.parametrize("way", ["zeros", "threads", "inline"])
+def test_a_full_scratch_disk_is_told_at_once_and_what_was_written_is_all_there_when_there_is_room(
+    way: str, run_child: RunChild, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs the right to mount a file system")
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    done = run_child(SCRATCH, way, str(mount), str(tmp_path), check=False, timeout=100)
+    if done.status == 77:
+        pytest.skip(f"needs the right to mount tmpfs: {done.stderr.strip()}")
+    assert done.stdout == "all there\n", done.stderr
+    told = done.stderr.splitlines()
+    assert len(told) == 1, done.stderr
+    assert "touches wait for memory" in told[0]
+    assert f"the scratch file in {mount}: No space left on device" in told[0]

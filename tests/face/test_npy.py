@@ -251,3 +251,21 @@ def test_a_header_that_needs_a_newer_version_gets_it() -> None:
     assert version([("a", "<i4")]) == (1, 0)
     assert version([(f"field{i:05}", "<i4") for i in range(4000)]) == (2, 0)
     assert version([("日", "<i4")]) == (3, 0)
+
+
+def test_blocks_and_scratch_are_chosen_as_for_memmap(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    made = userfault.open_memmap(path, "w+", float, (1000,), block="4KiB")
+    assert made.region.block == 4096
+    made[:] = 1
+    made.close()
+    assert userfault.load(path, block="16KiB").region.block == 16 << 10
+    private = userfault.open_memmap(path, "c", scratch=tmp_path, block="8KiB")
+    private[:] = 2
+    assert (private.region.block, np.load(path).sum()) == (8 << 10, 1000)
+    with pytest.raises(FileNotFoundError, match="scratch file"):
+        userfault.open_memmap(path, "c", scratch=tmp_path / "nowhere")
+    for mode in ("r", "r+", "w+"):
+        with pytest.raises(ValueError, match="scratch is for private changes"):
+            userfault.open_memmap(path, mode, float, (10,), scratch=tmp_path)
+    assert np.load(path).shape == (1000,)

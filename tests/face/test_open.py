@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -160,6 +162,34 @@ def test_what_is_refused_has_not_emptied_the_file(path: Path) -> None:
         with pytest.raises(ValueError, match=r"block|pages|retry_for|memory_limit"):
             userfault.open(path, "w", length=10, **arguments)
     assert path.read_bytes() == NOISE
+
+
+def test_a_length_that_cannot_be_had_empties_no_file(path: Path, longest_file: int) -> None:
+    for create, reason in (
+        (partial(userfault.open, path, "w", length=2 * longest_file), "File too large"),
+        (partial(userfault.memmap, path, "u1", "w+", shape=2 * longest_file), "File too large"),
+        (partial(userfault.open_memmap, path, "w+", "u1", (2 * longest_file,)), "File too large"),
+        (partial(userfault.memmap, path, "u8", "w+", shape=1 << 60), "address space"),
+        (partial(userfault.open_memmap, path, "w+", "u8", (1 << 60,)), "address space"),
+    ):
+        with pytest.raises((OSError, ValueError), match=reason):
+            cast("Callable[[], object]", create)()
+        assert path.read_bytes() == NOISE
+
+
+def test_a_path_with_a_nul_is_no_path() -> None:
+    with pytest.raises(ValueError, match="NUL"):
+        userfault.open("a\0b")
+
+
+def test_a_closed_region_has_no_memory(path: Path) -> None:
+    region = userfault.open(path, block="4KiB")
+    assert region.pread(1, 0) == NOISE[:1]
+    assert region.stats().resident > 0 or region.stats().resting > 0
+    region.close()
+    stats = region.stats()
+    assert (stats.regions, stats.used, stats.resident, stats.resting) == (0, 0, 0, 0)
+    assert stats.bytes_read > 0
 
 
 def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path, run_child: RunChild) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -61,11 +66,17 @@ def test_memmap_and_load_have_mode_c(tmp_path: Path) -> None:
         userfault.load(path, "r", scratch=tmp_path)
 
 
-def test_pickling_refuses_private_changes_and_sends_what_has_none(numbers: Path) -> None:
+def test_pickling_refuses_private_changes_and_sends_what_has_none(numbers: Path, tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
     array = userfault.memmap(numbers, np.uint32, "c")
     copy = pickle.loads(pickle.dumps(array))
     assert copy.mode == "c"
     assert copy[77] == 77
+    # The folder for private changes travels too.
+    elsewhere = pickle.dumps(userfault.memmap(numbers, np.uint32, "c", scratch=tmp_path / "here"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(FileNotFoundError, match="scratch file"):
+        pickle.loads(elsewhere)
     array[5] = 1
     with pytest.raises(TypeError, match="private changes"):
         pickle.dumps(array)
@@ -109,6 +120,110 @@ def test_a_full_arena_says_how_much_is_left() -> None:
     assert arena.used == 5000
 
 
-def test_a_folder_that_takes_no_file_is_an_error_at_once() -> None:
-    with pytest.raises(OSError, match="scratch file"):
+def test_a_folder_that_takes_no_file_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="takes no scratch file of 8000 bytes") as caught:
         userfault.zeros(1000, scratch="/nowhere/at/all")
+    assert caught.value.filename == "/nowhere/at/all"
+    with pytest.raises(ValueError, match="NUL"):
+        userfault.zeros(1000, scratch="a\0b")
+    assert not userfault.zeros(1000, scratch=os.fsencode(tmp_path)).any()  # type: ignore[arg-type]
+
+
+def test_a_length_that_the_file_system_does_not_take_names_the_folder(
+    tmp_path: Path, longest_file: int
+) -> None:
+    with pytest.raises(OSError, match=f"scratch file of {8 * longest_file} bytes: File too large") as caught:
+        userfault.zeros(longest_file, scratch=tmp_path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path))
+
+
+Make = Callable[..., Any]
+
+
+@pytest.mark.parametrize("make", [userfault.zeros, userfault.empty, partial(userfault.full, fill_value=7)])
+@pytest.mark.parametrize("shape", [0, 5, (), (3, 0, 2), (3, 4), np.int64(6)])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("track", [False, True])
+def test_shapes_types_and_orders_are_those_of_numpy(make: Make, shape: Any, order: Any, track: bool) -> None:
+    for dtype in (">f4", "S3", "M8[ns]", [("a", ">i2"), ("b", "f8", (2,))], ("f4", (2,)), np.longdouble):
+        array = make(shape, dtype=dtype, order=order, track=track)
+        like = np.full(shape, 7, dtype, order) if isinstance(make, partial) else np.zeros(shape, dtype, order)
+        assert (array.shape, array.dtype) == (like.shape, like.dtype)
+        assert type(array) is np.ndarray
+        assert np.array_equal(array, like)
+        if not np.dtype(dtype).shape:
+            assert array.flags.f_contiguous == like.flags.f_contiguous
+            assert array.flags.c_contiguous == like.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"shape": -1}, ValueError, "negative dimension"),
+        ({"shape": (3, -1)}, ValueError, "negative dimension"),
+        ({"shape": 3.0}, TypeError, "integer"),
+        ({"shape": 1 << 44}, ValueError, "do not fit into the address space"),
+        ({"shape": 1 << 62}, ValueError, "do not fit into the address space"),
+        ({"shape": (1 << 40, 1 << 40)}, ValueError, "do not fit into the address space"),
+        ({"shape": (3, 3), "order": "K"}, ValueError, "order is 'K'"),
+        ({"shape": 0, "order": None}, ValueError, "order is None"),
+        ({"shape": 3, "dtype": object}, ValueError, "Python objects"),
+        ({"shape": 3, "dtype": "S"}, ValueError, "no size"),
+        ({"shape": 3, "pages": "8KiB"}, ValueError, "pages is '8KiB'"),
+        ({"shape": 0, "pages": "8KiB"}, ValueError, "pages is '8KiB'"),
+        ({"shape": 3, "memory_limit": "much"}, ValueError, "memory_limit is 'much'"),
+        ({"shape": 3, "memory_limit": -1}, ValueError, "never negative"),
+        ({"shape": 3, "track": True, "memory_limit": "1GiB"}, ValueError, "neither scratch nor memory_limit"),
+        ({"shape": 3, "track": True, "scratch": "."}, ValueError, "neither scratch nor memory_limit"),
+        ({"shape": 0, "track": True, "scratch": "."}, ValueError, "neither scratch nor memory_limit"),
+        ({"shape": 1 << 40, "track": True}, MemoryError, "the limit leaves"),
+        ({"shape": 1 << 62, "track": True}, ValueError, "do not fit into the address space"),
+    ],
+)
+def test_arrays_that_make_no_sense_are_refused_with_a_reason(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    for make in (userfault.zeros, userfault.empty, partial(userfault.full, fill_value=7)):
+        with pytest.raises(error, match=message):
+            cast("Make", make)(**{"dtype": float, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"nbytes": 0}, ValueError, "an arena without room"),
+        ({"nbytes": 1 << 47}, ValueError, "does not fit into the address space"),
+        ({"nbytes": "1MiB", "track": True, "scratch": "."}, ValueError, "neither scratch nor memory_limit"),
+        ({"nbytes": "1TiB", "track": True}, MemoryError, "the limit leaves"),
+        ({"nbytes": "1MiB", "pages": "8KiB"}, ValueError, "pages is '8KiB'"),
+        ({"nbytes": "1MiB", "pages": "8KiB", "track": True}, ValueError, "pages is '8KiB'"),
+    ],
+)
+def test_arenas_that_make_no_sense_are_refused_with_a_reason(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        userfault.Arena(**arguments)
+
+
+def test_an_arena_takes_what_zeros_takes_and_refuses_what_it_refuses() -> None:
+    arena = userfault.Arena("1MiB", track=True, name="mine")
+    assert "'mine'" in repr(arena)
+    assert arena.zeros((2, 3), ">f4", "F").flags.f_contiguous
+    assert arena.empty((), "i4").shape == ()
+    assert arena.empty((0, 5)).shape == (0, 5)
+    for arguments in ({"shape": -1}, {"shape": 3, "dtype": object}, {"shape": 3, "order": "K"}):
+        with pytest.raises(ValueError, match=r"negative|objects|order"):
+            arena.zeros(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_memory_of_an_arena_goes_with_the_last_of_its_arrays() -> None:
+    before = userfault.stats().regions
+    arena = userfault.Arena("1MiB")
+    first, last = arena.zeros(100), arena.zeros(100)
+    last[:] = 3
+    del arena, first
+    assert userfault.stats().regions == before + 1
+    assert last.sum() == 300
+    del last
+    assert userfault.stats().regions == before

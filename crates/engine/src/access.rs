@@ -12,8 +12,8 @@ use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::fill::NO_ROOM_FOR;
 use crate::policy::Queue;
+use crate::shortage::NO_ROOM_FOR;
 use crate::staging;
 use crate::workers::Lead;
 
@@ -193,6 +193,7 @@ fn claim_to_overwrite(
                 what: "writing a block".into(),
             }));
         }
+        engine.tell_of_shortage(body, began.elapsed());
         std::thread::sleep(Duration::from_millis(1));
     }
 }

@@ -24,6 +24,7 @@ use crate::memory::{HUGE, Kind, Memory};
 use crate::policy::Seat;
 use crate::pool::Pool;
 use crate::readahead::{Advice, Walks, Window};
+use crate::shortage::Told;
 use crate::stats::Counters;
 use crate::table::Table;
 use crate::{Access, Kept, OnError, fork};
@@ -64,6 +65,7 @@ pub(crate) struct Body {
     pub(crate) flushing: Mutex<()>,
     /// Until when evictions do not try the store again, milliseconds of the engine.
     refused_until: AtomicU32,
+    pub(crate) shortage_told: Told,
     /// The store's file system cannot begin a read without waiting for it.
     grounded: AtomicBool,
     /// Calls of the store that were declared hung and have not come back.
@@ -189,6 +191,7 @@ impl Body {
             own_pool: plan.own_pool,
             flushing: Mutex::new(()),
             refused_until: AtomicU32::new(0),
+            shortage_told: Told::default(),
             grounded: AtomicBool::new(false),
             stuck: Arc::default(),
             view_gone: AtomicBool::new(false),

@@ -80,7 +80,7 @@ impl Error {
             what,
             offset,
             len,
-            errno: error.raw_os_error().unwrap_or(0),
+            errno: userfault_store::errno(error),
             message: error.to_string(),
         }
     }

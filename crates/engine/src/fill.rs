@@ -21,15 +21,12 @@ use crate::poison;
 use crate::policy::Queue;
 use crate::protect::first_write;
 use crate::readahead::{LONGEST_WINDOW, WINDOW_SHARE, Window};
+use crate::shortage::NO_ROOM_FOR;
 use crate::staging;
 use crate::stats::add;
 use crate::table::Table;
 use crate::trace::Kind;
 use crate::workers::{Lead, Task, Touch};
-
-/// How long a fault waits for memory before its block is given up, beside the region's `retry_for`. It
-/// only comes to that when nothing can leave: what is dirty cannot be written.
-pub(crate) const NO_ROOM_FOR: Duration = Duration::from_secs(60);
 
 /// Fills of one region at once. The others wait, so that a store that is slow or hangs does not take every
 /// thread from the regions of other stores.
@@ -412,22 +409,11 @@ impl Engine {
                     .map_or(Duration::ZERO, |since| now - since);
                 if waited > NO_ROOM_FOR + body.retry_for {
                     self.pool_of(&body).wait(false);
-                    let pending = body.lock().pending.as_ref().map(ToString::to_string);
-                    let cause = match (pending, filling.refused) {
-                        (Some(error), _) => {
-                            format!("what is in memory cannot be written back: {error}")
-                        }
-                        (None, Some(error)) => format!("the kernel has none: {error}"),
-                        (None, None) => "everything in memory is pinned".to_owned(),
-                    };
-                    poison::give_up(
-                        self,
-                        &body,
-                        block,
-                        &io::Error::other(format!("no memory: {cause}")),
-                    );
+                    let cause = self.why_no_room(&body, filling.refused);
+                    poison::give_up(self, &body, block, &cause);
                     return true;
                 }
+                self.tell_of_shortage(&body, waited);
                 self.clock.defer(filling, Duration::from_millis(1));
             }
             Tried::Failed(error) => {

@@ -84,6 +84,7 @@ mod region;
 mod room;
 mod say;
 mod served;
+mod shortage;
 mod signals;
 mod staging;
 mod stats;

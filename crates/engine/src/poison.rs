@@ -34,7 +34,7 @@ pub(crate) fn give_up(engine: &Engine, body: &Body, block: u32, cause: &io::Erro
     body.lock().errors.push(BlockError {
         offset,
         len,
-        errno: cause.raw_os_error().unwrap_or(0),
+        errno: userfault_store::errno(cause),
         message: cause.to_string(),
         time: SystemTime::now(),
     });

@@ -645,6 +645,11 @@ fn of_body(body: &Body) -> Stats {
     };
     body.counters.add_to(&mut stats);
     let table = body.lock();
+    if table.sealed {
+        // It has no memory any more.
+        stats.regions = 0;
+        return stats;
+    }
     stats.resident = (table.resident * body.block) as u64;
     stats.resting = (table.resting * body.block) as u64;
     stats.used =
@@ -671,7 +676,7 @@ pub fn stats() -> Stats {
     for body in &bodies {
         let one = of_body(body);
         body.counters.add_to(&mut total);
-        total.regions += 1;
+        total.regions += one.regions;
         total.resident += one.resident;
         total.resting += one.resting;
         total.hugetlb += one.hugetlb;

@@ -65,14 +65,11 @@ pub fn io_error(
         _ => format!("{what} of {len} bytes at {offset} failed: {error}"),
     };
     // A store's own error, such as that of a truncated file, has a text and no number.
-    store_error(
-        py,
-        store,
-        what,
-        range,
-        error.raw_os_error().unwrap_or(libc::EIO),
-        &message,
-    )
+    let errno = match userfault_store::errno(error) {
+        0 => libc::EIO,
+        errno => errno,
+    };
+    store_error(py, store, what, range, errno, &message)
 }
 
 /// A file that cannot be opened: `userfault.InUseError`, or the OSError that open() would raise.
@@ -83,24 +80,40 @@ pub fn open_error(py: Python<'_>, error: &OpenError) -> PyErr {
             os_error(libc::EISDIR, "Is a directory", Some(path))
         }
         OpenError::Kind { .. } => PyValueError::new_err(error.to_string()),
+        OpenError::Io { error: cause, .. } | OpenError::Scratch { error: cause, .. }
+            if cause.kind() == io::ErrorKind::InvalidInput && cause.raw_os_error().is_none() =>
+        {
+            // A path with a NUL in it, for instance: no system call was asked.
+            PyValueError::new_err(error.to_string())
+        }
         OpenError::Io {
             path,
-            call,
+            call: "open",
             error: cause,
         } => {
             let errno = cause.raw_os_error().unwrap_or(libc::EIO);
-            let text = match *call {
-                "open" => io::Error::from_raw_os_error(errno).to_string(),
-                _ => error.to_string(),
-            };
-            // Rust adds "(os error 2)", which Python says in its own way.
-            let text = text
-                .strip_suffix(&format!(" (os error {errno})"))
-                .unwrap_or(&text)
-                .to_owned();
-            os_error(errno, &text, Some(path))
+            failed_call(&io::Error::from_raw_os_error(errno), cause, path)
         }
+        OpenError::Scratch {
+            folder,
+            error: cause,
+            ..
+        } => failed_call(error, cause, folder),
+        OpenError::Io {
+            path, error: cause, ..
+        } => failed_call(error, cause, path),
     }
+}
+
+/// A failed system call in the words of `text`.
+fn failed_call(text: &impl ToString, cause: &io::Error, path: &Path) -> PyErr {
+    let errno = cause.raw_os_error().unwrap_or(libc::EIO);
+    let text = text.to_string();
+    // Rust adds "(os error 2)", which Python says in its own way.
+    let text = text
+        .strip_suffix(&format!(" (os error {errno})"))
+        .unwrap_or(&text);
+    os_error(errno, text, Some(path))
 }
 
 /// An error of the engine as the exception that a Python programmer expects.

@@ -84,6 +84,15 @@ pub enum OpenError {
         /// The file.
         path: PathBuf,
     },
+    /// A folder takes no scratch file.
+    Scratch {
+        /// The folder.
+        folder: PathBuf,
+        /// Bytes that the file was to have.
+        len: u64,
+        /// What the kernel said.
+        error: io::Error,
+    },
     /// A system call failed.
     Io {
         /// The file.
@@ -117,6 +126,11 @@ impl fmt::Display for OpenError {
                     path.display()
                 )
             }
+            Self::Scratch { folder, len, error } => write!(
+                f,
+                "{} takes no scratch file of {len} bytes: {error}",
+                folder.display()
+            ),
             Self::Io {
                 path,
                 call: "flock",
@@ -188,11 +202,18 @@ impl FileStore {
             }
         })?;
         if kind.is_file() && writable {
+            let lengthen = || -> Result<(), OpenError> {
+                if file.metadata().map_err(failed("stat"))?.len() < options.min_len {
+                    file.set_len(options.min_len)
+                        .map_err(failed("lengthening"))?;
+                }
+                Ok(())
+            };
+            // Before anything is lost: a length that the file system does not take must not empty the file.
+            lengthen()?;
             if options.mode == FileMode::Truncate {
-                file.set_len(0).map_err(failed("truncate"))?;
-            }
-            if file.metadata().map_err(failed("stat"))?.len() < options.min_len {
-                file.set_len(options.min_len).map_err(failed("truncate"))?;
+                file.set_len(0).map_err(failed("emptying"))?;
+                lengthen()?;
             }
         }
         // A block device has no length in its metadata.

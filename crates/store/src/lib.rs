@@ -38,6 +38,21 @@ pub use pages::PageSet;
 pub use plan::{Action, Call, Rule};
 pub use zero::ZeroStore;
 
+/// The number of an error, also of one that a store has put into its own words; 0 if it has none.
+pub fn errno(error: &io::Error) -> i32 {
+    let mut within = error
+        .get_ref()
+        .map(|inner| inner as &(dyn std::error::Error + 'static));
+    let mut number = error.raw_os_error();
+    while let (None, Some(error)) = (number, within) {
+        number = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::raw_os_error);
+        within = error.source();
+    }
+    number.unwrap_or(0)
+}
+
 /// The home of a region's bytes.
 ///
 /// A store may be slow, fail, fail once or write half. What the engine promises then:

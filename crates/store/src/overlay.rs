@@ -4,6 +4,7 @@
 //! zeros. Pages that were written live in a scratch file that is unlinked from the beginning, so nothing
 //! of it outlives the process. Which pages those are is kept in memory: one bit for each 4 KiB.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -41,9 +42,9 @@ impl OverlayStore {
         folder: &Path,
         name: String,
     ) -> Result<Self, OpenError> {
-        let failed = |error: io::Error| OpenError::Io {
-            path: folder.to_path_buf(),
-            call: "making a scratch file",
+        let failed = |error: io::Error| OpenError::Scratch {
+            folder: folder.to_path_buf(),
+            len,
             error,
         };
         let file = unlinked(folder).map_err(failed)?;
@@ -53,7 +54,12 @@ impl OverlayStore {
             ..FileOptions::new(FileMode::ReadWrite)
         };
         // The store opens the file anew, which an unlinked one allows by its descriptor alone.
-        let scratch = FileStore::open(format!("/proc/self/fd/{}", file.as_raw_fd()), options)?;
+        let scratch = FileStore::open(format!("/proc/self/fd/{}", file.as_raw_fd()), options)
+            .map_err(|error| match error {
+                // The descriptor's name would tell nobody anything.
+                OpenError::Io { error, .. } => failed(error),
+                other => other,
+            })?;
         Ok(Self {
             below,
             offset,
@@ -143,8 +149,10 @@ impl Store for OverlayStore {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
         self.scratch.write_leaving(offset, data).map_err(|error| {
-            let name = self.folder.display();
-            io::Error::new(error.kind(), format!("the scratch file in {name}: {error}"))
+            io::Error::other(ScratchError {
+                folder: self.folder.clone(),
+                error,
+            })
         })?;
         self.moved()
             .insert(offset as usize / PAGE..(end as usize).div_ceil(PAGE));
@@ -207,6 +215,26 @@ impl Store for OverlayStore {
 
     fn name(&self) -> String {
         self.name.clone()
+    }
+}
+
+/// The scratch file did not take what had to leave memory.
+#[derive(Debug)]
+struct ScratchError {
+    folder: PathBuf,
+    error: io::Error,
+}
+
+impl fmt::Display for ScratchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (folder, error) = (self.folder.display(), &self.error);
+        write!(f, "the scratch file in {folder}: {error}")
+    }
+}
+
+impl std::error::Error for ScratchError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
     }
 }
 

@@ -61,3 +61,23 @@ def test_every_dependency_has_its_reason() -> None:
                 names |= set(table.get(kind, {}))
     page = (ROOT / "docs/explanation/dependencies.md").read_text()
     assert {each for each in names if not each.startswith("userfault") and f"`{each}`" not in page} == set()
+
+
+UMAP = """
+umap umap_ex uunmap umap_flush umap_prefetch_item umap_prefetch umap_has_write_support umap_fetch_and_pin
+umapcfg_get_umap_page_size umapcfg_get_max_fault_events umapcfg_get_num_fillers umapcfg_get_num_evictors
+umapcfg_get_max_pages_in_buffer umapcfg_get_read_ahead umapcfg_get_evict_low_water_threshold
+umapcfg_get_evict_high_water_threshold umapcfg_get_system_page_size UMAP_PRIVATE UMAP_FIXED UMAP_FAILED
+Store make_store read_from_store write_to_store SparseStore get_current_capacity get_capacity close_files
+UMAP_MAX_FAULT_EVENTS UMAP_PAGE_FILLERS UMAP_PAGE_EVICTORS UMAP_EVICT_HIGH_WATER_THRESHOLD
+UMAP_EVICT_LOW_WATER_THRESHOLD UMAP_PAGESIZE UMAP_BUFSIZE UMAP_MONITOR_FREQ UMAP_LOG_LEVEL
+UMAP_LOG_NO_TIMESTAMP_LEVEL UMAP_READ_AHEAD UMAP_RO_MODE ENABLE_LOGGING ENABLE_DISPLAY_STATS ENABLE_TESTS
+ENABLE_TESTS_LINK_STATIC_UMAP caliper_DIR
+"""
+"""What umap 2.1.0 declares in its headers, asks its environment for, and lets a build choose."""
+
+
+def test_whoever_comes_from_umap_finds_each_of_its_calls_and_settings() -> None:
+    rows = re.findall(r"^\| (.*?) \| ", (ROOT / "docs/how-to/coming-from-umap.md").read_text(), re.M)
+    words = set(re.findall(r"\w+", " ".join(re.findall(r"`([^`]*)`", " ".join(rows)))))
+    assert set(UMAP.split()) - words == set()

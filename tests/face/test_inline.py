@@ -305,6 +305,41 @@ threads = [threading.Thread(target=foreign_sigbus) for _ in range(3)]
     assert "Bus error" in done.stderr
 
 
+UNDER_PYTEST = """
+import faulthandler
+import numpy as np, pytest, userfault
+
+@pytest.fixture(scope="session")
+def region(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inline") / "numbers"
+    np.arange(1 << 18, dtype=np.uint64).tofile(path)
+    with userfault.open(path, block="4KiB", memory_limit="256KiB", fault="inline") as region:
+        yield region
+
+@pytest.mark.parametrize("turn", range(3))
+def test_touches(region, turn, capfd):
+    words = region.ndarray(np.uint64)[turn::512]
+    assert (words == np.arange(turn, 1 << 18, 512)).all()
+    print("touched, with faulthandler" if faulthandler.is_enabled() else "touched, without it")
+    del words
+    assert capfd.readouterr().err == ""
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["-p", "no:faulthandler"], ["-s"], ["-o", "faulthandler_timeout=1"]]
+)
+def test_the_tests_of_a_program_touch_under_pytest(
+    run_child: RunChild, tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "test_program.py").write_text(UNDER_PYTEST)
+    code = "import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))"
+    done = run_child(
+        code, "-q", "-p", "no:cacheprovider", *arguments, str(tmp_path / "test_program.py"), timeout=100
+    )
+    assert "3 passed" in done.stdout, done.stdout
+
+
 def test_until_somebody_looks_a_taken_handler_is_gone(run_child: RunChild, path: Path) -> None:
     done = run_child(
         BEGIN

@@ -104,6 +104,11 @@ mod switch {
         .then_some(*bytes)
     }
 
+    /// Time for others to write what the copy put in place, before the engine hears that it broke off.
+    pub(crate) fn before_it_is_told() {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+
     fn milliseconds(variable: &str, cell: &'static OnceLock<Option<Duration>>) -> Option<Duration> {
         *cell.get_or_init(|| {
             let text = std::env::var(variable).ok()?;
@@ -158,6 +163,9 @@ mod switch {
     }
 
     #[inline(always)]
+    pub(crate) const fn before_it_is_told() {}
+
+    #[inline(always)]
     pub(crate) const fn submission_hangs() {}
 
     #[inline(always)]
@@ -173,5 +181,6 @@ pub use switch::put_back;
 #[cfg(not(feature = "defects"))]
 pub(crate) use switch::put_back;
 pub(crate) use switch::{
-    arrival_is_late, close_the_one_of, copy_breaks_off_after, open_one_for, submission_hangs,
+    arrival_is_late, before_it_is_told, close_the_one_of, copy_breaks_off_after, open_one_for,
+    submission_hangs,
 };

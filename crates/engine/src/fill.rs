@@ -119,6 +119,7 @@ impl Engine {
             Task::Ahead(body, window) => self.bring_in_ahead(&body, window, lead),
             Task::Push(body, from) => self.push(body, from, lead),
             Task::Land(place, result) => self.land(place, result, lead),
+            Task::Halfway(left) => self.end_for_handler(&left, lead),
         }
     }
 
@@ -526,10 +527,13 @@ impl Engine {
             .and_then(|()| self.map_copy(body, block, bytes, &mut placed))
         {
             Ok(()) => Tried::Mapped,
-            Err(error) => match self.end_halfway(body, block, placed, bytes, lead) {
-                Halfway::Whole => Tried::Mapped,
-                Halfway::Dropped => refused(error),
-            },
+            Err(error) => {
+                let rest = Some(&bytes[placed..]);
+                match self.end_halfway(body, block, placed, rest, lead) {
+                    Halfway::Whole => Tried::Mapped,
+                    Halfway::Dropped => refused(error),
+                }
+            }
         }
     }
 
@@ -544,14 +548,14 @@ impl Engine {
         match self.read(filling, buffer, lead) {
             Ok(true) => match self
                 .uncovered(body, block)
-                .and_then(|()| self.map_again(body, block))
+                .and_then(|()| self.map_claimed(body, block))
             {
                 Ok(()) => Tried::Mapped,
-                Err(error) => {
-                    let _ = body.memory.zap(start, len);
-                    let _ = body.memory.punch(start, len);
-                    refused(error)
-                }
+                // All of it is in memory, and the kernel may have mapped a part.
+                Err(error) => match self.end_halfway(body, block, len, Some(&[]), lead) {
+                    Halfway::Whole => Tried::Mapped,
+                    Halfway::Dropped => refused(error),
+                },
             },
             Ok(false) => {
                 let _ = body.memory.punch(start, len);

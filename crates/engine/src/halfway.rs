@@ -1,10 +1,12 @@
-//! A copy fill that the kernel broke off: it has put some pages of a block in place, and has no memory for the
-//! rest.
+//! A fill that the kernel broke off: it has mapped some pages of a block, and has no memory for the rest.
 //!
-//! Those pages are mapped, and whoever waited for one of them has gone on: it may have been written since. So
-//! the block cannot simply be dropped. Its pages are unmapped and asked for evidence, as in an eviction. What
-//! was written goes to the store first, or if the store does not take it, the rest of the block is put beside
-//! it through the view. Only then the fill ends, one way or the other, and nothing is lost.
+//! Whoever waited for one of those pages has gone on: it may have been written since. So the block cannot simply be
+//! dropped. Its pages are unmapped and asked for evidence, as in an eviction. What was written goes to the store
+//! first, or if the store does not take it, the rest of the block is put beside it through the view. Only then the
+//! fill ends, one way or the other, and nothing is lost.
+//!
+//! A handler of SIGBUS can do nothing of that. It leaves the block as it is, in state Filling, and a thread of the
+//! engine ends the fill in its place (see `inline`).
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -28,18 +30,19 @@ pub(crate) enum Halfway {
 }
 
 impl Engine {
-    /// Ends a copy fill of an owned block of which the first `placed` bytes are in place. `bytes` are those of
-    /// the store.
+    /// Ends a fill of an owned block of which the first `placed` bytes are in memory, and some of those may be
+    /// mapped. `rest` are the bytes of the store behind them, if they can be had.
     pub(crate) fn end_halfway(
         &self,
         body: &Body,
         block: u32,
         placed: usize,
-        bytes: &[u8],
+        rest: Option<&[u8]>,
         lead: &mut Lead,
     ) -> Halfway {
-        let (start, page) = (body.start(block), body.memory.page());
-        let _ = body.memory.zap(start, bytes.len());
+        let (start, len) = (body.start(block), body.block_len(block));
+        let page = body.memory.page();
+        let _ = body.memory.zap(start, len);
         let pages = body.pages(block);
         let mut written = Vec::new();
         if body.memory.shared() {
@@ -69,7 +72,9 @@ impl Engine {
                     body.write_failed(self.now_ms());
                     body.lock().pending = Some(error);
                     add(&body.counters.errors, 1);
-                    if self.put_rest(body, block, placed, bytes).is_ok() {
+                    if let Some(rest) = rest
+                        && self.put_rest(body, block, placed, rest).is_ok()
+                    {
                         return Halfway::Whole;
                     }
                     if began.elapsed() > body.patience() {
@@ -85,16 +90,17 @@ impl Engine {
                 }
             }
         }
-        let _ = body.memory.punch(start, bytes.len());
+        let _ = body.memory.punch(start, len);
         Halfway::Dropped
     }
 
     /// Puts what is missing of a block beside what is there, and maps it.
-    fn put_rest(&self, body: &Body, block: u32, placed: usize, bytes: &[u8]) -> io::Result<()> {
-        let start = body.start(block);
-        let (at, rest) = (start + placed, &bytes[placed..]);
-        body.memory.claim(at, rest.len())?;
-        body.memory.write_held(at, rest);
+    fn put_rest(&self, body: &Body, block: u32, placed: usize, rest: &[u8]) -> io::Result<()> {
+        let at = body.start(block) + placed;
+        if !rest.is_empty() {
+            body.memory.claim(at, rest.len())?;
+            body.memory.write_held(at, rest);
+        }
         self.map_again(body, block)
     }
 }

@@ -125,10 +125,20 @@ impl Engine {
     ) -> io::Result<()> {
         if let Some(most) = crate::defects::copy_breaks_off_after(bytes.len()) {
             self.copy(body, body.start(block), &bytes[..most], placed)?;
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            crate::defects::before_it_is_told();
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
         self.copy(body, body.start(block), bytes, placed)
+    }
+
+    /// Maps an absent block whose bytes are in memory, whole; wakes as [`Engine::copy`] does.
+    pub(crate) fn map_claimed(&self, body: &Body, block: u32) -> io::Result<()> {
+        if let Some(most) = crate::defects::copy_breaks_off_after(body.block_len(block)) {
+            self.continue_range(body, body.start(block), most, CONTINUE_WAKES)?;
+            crate::defects::before_it_is_told();
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        self.map_again(body, block)
     }
 
     /// Puts `bytes` at an offset of absent pages; wakes, unless the table holds the evidence: then a thread that
@@ -292,25 +302,49 @@ impl Engine {
         }
     }
 
-    /// As [`Engine::copy`] into a whole block, for a handler: true if every page was absent and is there now.
-    pub(crate) fn copy_bare(&self, body: &Body, start: usize, bytes: &[u8]) -> bool {
+    /// As [`Engine::copy`] into a whole block, for a handler. `Err` has the bytes of it that may be mapped.
+    pub(crate) fn copy_bare(&self, body: &Body, start: usize, bytes: &[u8]) -> Result<(), usize> {
         let mode = if body.writable() {
             UFFDIO_COPY_MODE_WP
         } else {
             0
         };
-        let (address, page) = (body.memory.main() + start, body.memory.page());
-        let filled = fill::fill(bytes.len(), page, Fill::OwnAbsent, |at, len| {
-            // SAFETY: as in `copy`.
-            unsafe {
-                let from = bytes[at..].as_ptr() as usize;
-                self.uffd_of(body).copy(address + at, from, len, mode)
-            }
-        });
-        matches!(filled, Filled::Whole { .. })
+        let copy = |bytes: &[u8]| {
+            let (address, page) = (body.memory.main() + start, body.memory.page());
+            fill::fill(bytes.len(), page, Fill::OwnAbsent, |at, len| {
+                // SAFETY: as in `copy`.
+                unsafe {
+                    let from = bytes[at..].as_ptr() as usize;
+                    self.uffd_of(body).copy(address + at, from, len, mode)
+                }
+            })
+        };
+        if let Some(most) = crate::defects::copy_breaks_off_after(bytes.len()) {
+            let _ = copy(&bytes[..most]);
+            crate::defects::before_it_is_told();
+            return Err(most);
+        }
+        match copy(bytes) {
+            Filled::Whole { .. } => Ok(()),
+            Filled::Failed { at, .. }
+            | Filled::LayoutChanged { at }
+            | Filled::EventPending { at }
+            | Filled::StalePage { at } => Err(at),
+            Filled::ProcessGone => Err(0),
+        }
     }
 
-    /// As [`Engine::map_again`], for a handler: true if every page is mapped now.
+    /// As [`Engine::map_claimed`], for a handler: true if every page is mapped now. If not, some may be.
+    pub(crate) fn map_claimed_bare(&self, body: &Body, start: usize, len: usize) -> bool {
+        if let Some(most) = crate::defects::copy_breaks_off_after(len) {
+            self.continue_bare(body, start, most);
+            crate::defects::before_it_is_told();
+            return false;
+        }
+        self.continue_bare(body, start, len)
+    }
+
+    /// As [`Engine::map_again`], for a handler: true if every page is mapped now. If not, some may be.
     pub(crate) fn continue_bare(&self, body: &Body, start: usize, len: usize) -> bool {
         let mode = self.continue_mode(body);
         let (address, page) = (body.memory.main() + start, body.memory.page());

@@ -27,7 +27,7 @@ use crate::clock::Watch;
 use crate::engine::Engine;
 use crate::fill::Filling;
 use crate::flight::Departing;
-use crate::inline::Request;
+use crate::inline::{Left, Request};
 use crate::readahead::Window;
 use crate::signals;
 use crate::threads;
@@ -114,6 +114,8 @@ pub(crate) enum Task {
     Push(Arc<Body>, u32),
     /// A read in flight has arrived: its place, and the bytes read or an error number below 0.
     Land(u64, i64),
+    /// End a fill that a handler had to leave.
+    Halfway(Left),
 }
 
 #[derive(Default)]

@@ -1,16 +1,17 @@
-//! UFFDIO_COPY that ends in the middle of a block, for want of memory: what was written to the pages that were
-//! already in place is not lost. Only a build with the feature `defects` can be made to do that.
+//! A fill that ends in the middle of a block, for want of memory: what was written to the pages that were
+//! already in place is not lost, whoever brought them. Only a build with the feature `defects` can be made to do that.
 #![cfg(feature = "defects")]
 
 mod common;
 
-use std::sync::Arc;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use common::*;
-use userfault_store::{Action, Call, FaultyStore, MemoryStore, Rule};
+use userfault_engine::Region;
 
 /// Runs this test in a child whose copies break off `times` times, after two pages.
 fn broken(name: &str, times: usize, test: impl FnOnce()) {
@@ -23,76 +24,114 @@ fn broken(name: &str, times: usize, test: impl FnOnce()) {
     apart::check(name, &ended);
 }
 
-/// A thread adds to a word of the block's first page, which is in place long before the block is whole.
-fn count_while(region: &userfault_engine::Region, others: impl FnOnce()) -> u64 {
+/// True if the first page of a region is mapped.
+fn first_page_is_mapped(region: &Region) -> bool {
+    let pagemap = File::open("/proc/self/pagemap").unwrap();
+    let mut entry = [0; 8];
+    let at = (region.base() as usize / SMALL * entry.len()) as u64;
+    pagemap.read_exact_at(&mut entry, at).unwrap();
+    u64::from_le_bytes(entry) >> 63 != 0
+}
+
+/// A thread adds to a word of the block's first page while that is in place, long before the block is whole.
+fn count_while(region: &Region, others: impl FnOnce()) -> u64 {
     let (stop, sum) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                touch::add_word(region, 1, 1);
-                sum.fetch_add(1, Ordering::Relaxed);
+                if first_page_is_mapped(region) {
+                    touch::add_word(region, 1, 1);
+                    sum.fetch_add(1, Ordering::Relaxed);
+                }
             }
         });
+        others();
         while sum.load(Ordering::Relaxed) == 0 {
             thread::yield_now();
         }
-        others();
         stop.store(true, Ordering::Relaxed);
     });
     sum.into_inner()
 }
 
+fn written_before_it_breaks_off(kind: Kind) {
+    let len = 4 * kind.block;
+    let store = Bytes::ready(patterned(len));
+    let before = store.word(1);
+    let region = open(kind, &store, len, 5);
+    let sum = count_while(&region, || {
+        // The last page of the block: there when it is whole.
+        let last = kind.block - 1;
+        assert_eq!(touch::read(&region, last), pattern(last));
+    });
+    assert!(
+        store.writes.load(Ordering::Relaxed) > 0,
+        "nothing was halfway"
+    );
+    region.close().unwrap();
+    assert_eq!(store.word(1), before.wrapping_add(sum));
+    let stored = store.to_vec();
+    assert!(stored[16..] == patterned(len)[16..]);
+}
+
+fn stays_in_memory(kind: Kind) {
+    let len = 4 * kind.block;
+    let store = Bytes::ready(patterned(len));
+    let before = store.word(1);
+    store.full.store(true, Ordering::Relaxed);
+    let region = open(kind, &store, len, 5);
+    let sum = count_while(&region, || {
+        let last = kind.block - 1;
+        assert_eq!(touch::read(&region, last), pattern(last));
+    });
+    region.flush(0, len as u64).unwrap_err();
+    store.full.store(false, Ordering::Relaxed);
+    while region.flush(0, len as u64).is_err() {}
+    assert_eq!(store.word(1), before.wrapping_add(sum));
+    assert!(store.to_vec()[16..] == patterned(len)[16..]);
+    region.close().unwrap();
+}
+
 #[test]
 fn what_is_written_before_the_copy_breaks_off_goes_to_the_store() {
     let name = "what_is_written_before_the_copy_breaks_off_goes_to_the_store";
-    broken(name, 5, || {
-        let len = 4 * COPIED_64K.block;
-        let store = Bytes::ready(patterned(len));
-        let before = store.word(1);
-        let region = open(COPIED_64K, &store, len, 5);
-        let sum = count_while(&region, || {
-            // The last page of the block: there when it is whole.
-            let last = COPIED_64K.block - 1;
-            assert_eq!(touch::read(&region, last), pattern(last));
-        });
-        assert!(
-            store.writes.load(Ordering::Relaxed) > 0,
-            "nothing was halfway"
-        );
-        region.close().unwrap();
-        assert_eq!(store.word(1), before.wrapping_add(sum));
-        let stored = store.to_vec();
-        assert!(stored[16..] == patterned(len)[16..]);
-    });
+    broken(name, 5, || written_before_it_breaks_off(COPIED_64K));
+}
+
+#[test]
+fn so_does_what_is_written_before_the_view_is_mapped_whole() {
+    let name = "so_does_what_is_written_before_the_view_is_mapped_whole";
+    broken(name, 5, || written_before_it_breaks_off(VIEWED));
+}
+
+#[test]
+fn a_handler_loses_nothing_of_it_either() {
+    let name = "a_handler_loses_nothing_of_it_either";
+    if inline_can_write() {
+        broken(name, 1, || written_before_it_breaks_off(COPIED_INLINE));
+    }
+}
+
+#[test]
+fn nor_does_a_handler_that_maps_the_view() {
+    let name = "nor_does_a_handler_that_maps_the_view";
+    if inline_can_write() {
+        broken(name, 1, || written_before_it_breaks_off(VIEWED_INLINE));
+    }
 }
 
 #[test]
 fn what_the_store_does_not_take_then_stays_in_memory() {
     let name = "what_the_store_does_not_take_then_stays_in_memory";
-    broken(name, 1, || {
-        let len = 4 * COPIED_64K.block;
-        let memory = Arc::new(MemoryStore::new(patterned(len)));
-        let fails = Rule::every(
-            Call::Write,
-            Action::Fail {
-                errno: libc::ENOSPC,
-            },
-        );
-        let store = Arc::new(FaultyStore::new(memory.clone(), vec![fails]));
-        let word = |bytes: Vec<u8>| u64::from_ne_bytes(bytes[8..16].try_into().unwrap());
-        let before = word(memory.to_vec());
-        let region = open(COPIED_64K, &store, len, 5);
-        let sum = count_while(&region, || {
-            let last = COPIED_64K.block - 1;
-            assert_eq!(touch::read(&region, last), pattern(last));
-        });
-        region.flush(0, len as u64).unwrap_err();
-        store.set_plan(Vec::new());
-        while region.flush(0, len as u64).is_err() {}
-        assert_eq!(word(memory.to_vec()), before.wrapping_add(sum));
-        assert!(memory.to_vec()[16..] == patterned(len)[16..]);
-        region.close().unwrap();
-    });
+    broken(name, 1, || stays_in_memory(COPIED_64K));
+}
+
+#[test]
+fn also_when_a_handler_brought_it() {
+    let name = "also_when_a_handler_brought_it";
+    if inline_can_write() {
+        broken(name, 1, || stays_in_memory(COPIED_INLINE));
+    }
 }
 
 #[test]
@@ -102,7 +141,7 @@ fn a_read_only_block_is_read_again() {
         let len = 4 * COPIED_64K.block;
         let options = options(COPIED_64K, userfault_engine::Access::ReadOnly, len, None);
         let store = Bytes::ready(patterned(len));
-        let region = userfault_engine::Region::open(store, options).unwrap();
+        let region = Region::open(store, options).unwrap();
         assert_eq!(region.pages(), "4KiB private");
         for at in (0..len).step_by(SMALL) {
             assert_eq!(touch::read(&region, at), pattern(at));

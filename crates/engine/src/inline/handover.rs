@@ -28,6 +28,8 @@ const NOTED: u32 = 2;
 const TOUCH: u32 = 3;
 /// End the sender's ownership of the block.
 const LET_GO: u32 = 4;
+/// End the sender's fill of the block, which is partly in place.
+const HALFWAY: u32 = 5;
 
 /// What a handler asks for.
 #[derive(Debug, Clone, Copy, Default)]
@@ -40,7 +42,7 @@ pub(crate) struct Request {
     pub(crate) address: usize,
     /// Blocks from one touch of the walk to the next.
     step: i64,
-    /// Blocks to bring in.
+    /// Blocks to bring in, or bytes that are in place.
     count: u32,
     unused: u32,
 }
@@ -75,6 +77,22 @@ impl Request {
             address,
             ..Request::default()
         }
+    }
+
+    /// The block at `address` is the sender's; `placed` bytes of it are in memory and may have been written.
+    pub(super) fn halfway(address: usize, thread: u32, placed: usize) -> Request {
+        Request {
+            kind: HALFWAY,
+            thread,
+            address,
+            count: placed as u32,
+            ..Request::default()
+        }
+    }
+
+    /// The bytes that are in place, if the fill is to be ended.
+    pub(super) fn placed(&self) -> Option<usize> {
+        (self.kind == HALFWAY).then_some(self.count as usize)
     }
 
     /// What to bring in, if that is what is asked for; `block` is the one at `address`.
@@ -156,9 +174,13 @@ impl FaultSource for Touches {
         let count = inline.handover.read(&mut requests);
         let read = Instant::now();
         for request in &requests[..count] {
-            if !engine.heed(request) {
-                tasks.push_back(Task::Touch(Touch::from_request(request, read)));
+            if engine.heed(request) {
+                continue;
             }
+            tasks.push_back(match engine.left_halfway(request) {
+                Some(left) => Task::Halfway(left),
+                None => Task::Touch(Touch::from_request(request, read)),
+            });
         }
     }
 }

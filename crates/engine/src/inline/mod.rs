@@ -25,6 +25,7 @@
 //! | `resolve` | what is done in the touching thread |
 //! | `bounce` | buffers that are there before they are needed |
 //! | `handover` | a pipe to the engine's threads, for everything else |
+//! | `left` | how a thread of the engine ends a fill that the handler had to leave in the middle |
 //! | `door` | where touching threads sleep |
 //! | `headroom` | memory that is free before it is needed, so that a handler need not evict |
 //!
@@ -56,7 +57,8 @@
 //! # What is handed over
 //! Stores that are no plain files; a block that somebody else owns; room that has to be made first; a block
 //! that the table calls mapped (the program threw its page away); any failure, so that errors, retries,
-//! deadlines and poison are the fault loop's alone. To be handed over is slow, never wrong: the fault loop
+//! deadlines and poison are the fault loop's alone; a block of which a part was mapped when the kernel ran out of
+//! memory, for what has been written to it must reach the store before it goes. To be handed over is slow, never wrong: the fault loop
 //! answers it as if it were a message.
 //!
 //! # Promises
@@ -72,6 +74,7 @@ mod bounce;
 mod door;
 mod handover;
 mod headroom;
+mod left;
 mod regions;
 mod resolve;
 mod signal;
@@ -86,6 +89,7 @@ use userfault_uffd::{KernelFaults, OpenOptions, Uffd};
 
 pub(crate) use door::Doors;
 pub(crate) use handover::{Request, Touches};
+pub(crate) use left::Left;
 pub(crate) use signal::{keep_handler, look_after, look_after_or_say};
 
 use crate::abilities::REQUIRED;
@@ -178,6 +182,8 @@ impl Engine {
 
 impl Inline {
     fn new() -> Result<Inline, Error> {
+        // What it looks up for the first time allocates.
+        let _ = crate::defects::copy_breaks_off_after(0);
         let options = OpenOptions {
             // The feature takes the kernel's own faults away in any case, so no privilege is asked for.
             kernel_faults: KernelFaults::Unwanted,

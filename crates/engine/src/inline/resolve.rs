@@ -48,6 +48,16 @@ enum Touched {
     LetGo,
 }
 
+/// What came of bringing a block in.
+enum Brought {
+    /// All of it is mapped.
+    Whole,
+    /// Nothing of it is mapped or in memory.
+    Nothing,
+    /// So many bytes of it are in memory, and somebody may have written them.
+    Halfway(usize),
+}
+
 /// Whether a block may have its memory.
 enum Room {
     /// It has it, in a pool of so many bytes.
@@ -205,7 +215,7 @@ impl Engine {
     }
 
     /// Ends ownership of a block that has been mapped, and gives it its place.
-    fn mapped_in_handler(
+    pub(super) fn mapped_in_handler(
         &self,
         table: &mut Table,
         body: &Body,
@@ -255,13 +265,25 @@ impl Engine {
                     .send(Request::ahead(before, thread, window.step, window.count));
             }
         }
-        if !self.bring_in(inline, body, block) {
-            return self.undone_in_handler(inline, body, block, address);
+        let left = |placed| {
+            inline
+                .handover
+                .send(Request::halfway(address, thread, placed));
+            Touched::LetGo
+        };
+        match self.bring_in(inline, body, block) {
+            Brought::Whole => {}
+            Brought::Nothing => return self.undone_in_handler(inline, body, block, address),
+            Brought::Halfway(placed) => return left(placed),
         }
         let spans = {
             let mut table = body.lock_in_handler();
             if table.is_given_up(block) {
                 drop(table);
+                if body.writable() {
+                    // It may have been written since it was mapped.
+                    return left(body.block_len(block));
+                }
                 self.release_memory(body, block);
                 return self.undone_in_handler(inline, body, block, address);
             }
@@ -301,33 +323,41 @@ impl Engine {
         let _ = body.memory.punch(start, len);
     }
 
-    /// Reads a block and maps it. False: nothing of it is mapped or in memory.
-    fn bring_in(&self, inline: &Inline, body: &Body, block: u32) -> bool {
+    /// Reads a block and maps it.
+    fn bring_in(&self, inline: &Inline, body: &Body, block: u32) -> Brought {
         let (start, len) = (body.start(block), body.block_len(block));
+        let mut placed = 0;
         if body.by_copy() {
             let grown = |bytes| {
                 self.staging.grown(bytes);
                 self.pool.charge_in_handler(bytes as i64);
             };
             let Some(mut buffer) = inline.bounce.take(len, grown) else {
-                return false;
+                return Brought::Nothing;
             };
             if !body.read_bare(start, buffer.bytes()) {
-                return false;
+                return Brought::Nothing;
             }
-            if self.copy_bare(body, start, buffer.bytes()) {
-                return true;
+            match self.copy_bare(body, start, buffer.bytes()) {
+                Ok(()) => return Brought::Whole,
+                Err(before) => placed = before,
             }
         } else if body.memory.claim(start, len).is_ok() {
             // SAFETY: the block is in state Filling and this thread's, its pages are claimed, and none of
             // them is mapped for the user.
             let bytes = unsafe { body.memory.owned(start, len) };
-            if body.read_bare(start, bytes) && self.continue_bare(body, start, len) {
-                return true;
+            if body.read_bare(start, bytes) {
+                if self.map_claimed_bare(body, start, len) {
+                    return Brought::Whole;
+                }
+                placed = len;
             }
         }
+        if placed > 0 && body.writable() {
+            return Brought::Halfway(placed);
+        }
         self.release_memory(body, block);
-        false
+        Brought::Nothing
     }
 
     fn let_go_in_handler(&self, body: &Body, block: u32, state: State) {
@@ -379,7 +409,7 @@ impl Engine {
         }
     }
 
-    fn give_back_in_handler(&self, body: &Body, bytes: u64) {
+    pub(super) fn give_back_in_handler(&self, body: &Body, bytes: u64) {
         if let Some(own) = body.own_pool.as_deref() {
             own.give_back_in_handler(bytes, true);
         }
@@ -395,7 +425,7 @@ impl Engine {
         self.pool_of(body).reserve_in_handler(0, Some(thread)).ok
     }
 
-    fn settle_in_handler(&self, body: &Body, spans: i64) {
+    pub(super) fn settle_in_handler(&self, body: &Body, spans: i64) {
         let bytes = spans.unsigned_abs() * body.span_tables();
         if bytes == 0 {
             return;

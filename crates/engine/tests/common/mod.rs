@@ -8,7 +8,7 @@ pub mod touch;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use userfault_engine::lock::RwLock;
@@ -125,7 +125,7 @@ pub fn writable_kinds() -> Vec<Kind> {
 
 /// True if memory that can be written may be brought by the touching thread itself: with the kernel's evidence of
 /// writes (Linux 6.7).
-fn inline_can_write() -> bool {
+pub fn inline_can_write() -> bool {
     let without = without();
     kernel() >= (6, 7) && !without.contains("wp_async") && !without.contains("continue_wp")
 }
@@ -183,6 +183,8 @@ pub struct Bytes {
     pub reads: AtomicU64,
     pub writes: AtomicU64,
     pub written: AtomicU64,
+    /// While this is true, writes fail with ENOSPC.
+    pub full: AtomicBool,
     /// True: `read_now` answers, so a fault is answered by the thread that read its message.
     ready: bool,
 }
@@ -194,6 +196,7 @@ impl Bytes {
             reads: AtomicU64::new(0),
             writes: AtomicU64::new(0),
             written: AtomicU64::new(0),
+            full: AtomicBool::new(false),
             ready: false,
         })
     }
@@ -243,6 +246,9 @@ impl Store for Bytes {
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.writes.fetch_add(1, Ordering::Relaxed);
+        if self.full.load(Ordering::Relaxed) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+        }
         self.written.fetch_add(data.len() as u64, Ordering::Relaxed);
         let offset = offset as usize;
         self.bytes.write()[offset..offset + data.len()].copy_from_slice(data);

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 BLOCKS = (4 << 10, 64 << 10, 2 << 20)
 """Block sizes that are tried, in bytes."""
 
-STEPS = ("sum", "walk", "sort")
+STEPS = {"sum": "sum", "walk": "2,000 random reads", "sort": "sort, flush"}
+"""The steps of each way, and what the table calls them."""
 
 Row = dict[str, float | str]
 """One way and what it took: "way", seconds by step, or "reason" for a way that did not come to its end."""
@@ -26,6 +27,12 @@ def bench(
     folder: Annotated[Path, typer.Argument(help="Where the file is made; it is removed again.")] = Path("."),
     size: Annotated[str, typer.Option("--size", help="Of the file.")] = "512MiB",
     limit: Annotated[str, typer.Option("--limit", help="Memory that each way may use.")] = "128MiB",
+    block: Annotated[
+        list[str] | None, typer.Option("--block", help="A block size to try; may be given several times.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="An SVG file for the curves, by block size.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
 ) -> None:
     """Sum, visit at random and sort a file of FOLDER that is larger than the memory, by block size.
@@ -36,13 +43,18 @@ def bench(
     The exit status is 1 if a result was wrong or a way did not come to its end, 2 if it could not begin
     (raises Exit).
     """
+    from userfault.commands import curves
+    from userfault.opening import checked_block
     from userfault.sizes import parse_size
     from userfault.tour.stop import Plan, Truth, limited
 
     path = folder / f"userfault-bench-{os.getpid()}"
     try:
+        blocks = sorted({checked_block(size) for size in block}) if block else BLOCKS
         plan = Plan(path, parse_size(size, "--size"), parse_size(limit, "--limit"), own=True)
         free = shutil.disk_usage(folder).free
+        if picture is not None:
+            picture.touch()
         path.touch(exist_ok=False)
     except (OSError, ValueError) as error:
         typer.echo(f"userfault bench: {error}", err=True)
@@ -53,12 +65,12 @@ def bench(
             raise typer.Exit(2)
         plan.write()
         truth = Truth.of(path)
-        ways = [("userfault", block) for block in BLOCKS]
+        ways = [("userfault", size) for size in blocks]
         with limited(plan.limit) as (group, reason):
             ways += [("memmap", 0)] if group else []
-        rows = []
-        for way, block in ways:
-            rows.append(measure(way, block, plan, truth))
+        rows: list[Row] = []
+        for way, size_of_block in ways:
+            rows.append(measure(way, size_of_block, plan, truth))
             if not as_json:
                 typer.echo(_line(rows[-1]) if len(rows) > 1 else f"{_head(plan)}\n{_line(rows[-1])}")
     finally:
@@ -67,6 +79,16 @@ def bench(
         rows.append({"way": "numpy.memmap", "reason": f"not measured, it would have all memory: {reason}"})
         if not as_json:
             typer.echo(_line(rows[-1]))
+    if picture is not None:
+        figures: list[dict[str, float]] = [
+            {step: float(row[step]) for step in STEPS if step in row} for row in rows
+        ]
+        measured = list(zip(blocks, figures, strict=False))
+        try:
+            picture.write_text(curves.picture(STEPS, measured, figures[len(blocks)]))
+        except (OSError, ValueError) as error:
+            typer.echo(f"userfault bench: {picture}: {error}", err=True)
+            raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps({"size": plan.size, "limit": plan.limit, "seconds": rows}))
     if any("reason" in row for row in rows if row["way"] != "numpy.memmap"):
@@ -83,7 +105,7 @@ def measure(way: str, block: int, plan: Plan, truth: Truth) -> Row:
     cool(plan.path)
     try:
         with limited(plan.limit) as (group, _):
-            for message in run(way, plan, group, STEPS, block):
+            for message in run(way, plan, group, tuple(STEPS), block):
                 if "step" not in message:
                     continue
                 step = str(message["step"])
@@ -102,9 +124,8 @@ def measure(way: str, block: int, plan: Plan, truth: Truth) -> Row:
 def _head(plan: Plan) -> str:
     from userfault.sizes import in_words
 
-    titles = ("sum", "2,000 random reads", "sort, flush")
     what = f"{in_words(plan.size)} in {in_words(plan.limit)} of memory, seconds:"
-    return f"{what}\n{'':20}" + "".join(f"{title:>20}" for title in titles)
+    return f"{what}\n{'':20}" + "".join(f"{title:>20}" for title in STEPS.values())
 
 
 def _line(row: Row) -> str:

@@ -134,7 +134,8 @@ def _loaded(
 def _userfault(
     variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
 ) -> Iterator[Memory]:
-    """Variant: pages, then "inline" for the way to take a fault, "zero" for a store that reads no file."""
+    """Variant: pages, then "inline" for the way to take a fault, "zero" for a store that reads no file,
+    "private" for changes that stay private."""
     userfault: Any = importlib.import_module("userfault")
     pages, *words = variant.split(",")
     options = {"block": block, "memory_limit": limit, "pages": pages or "auto"}
@@ -142,7 +143,8 @@ def _userfault(
         options["fault"] = "inline"
     try:
         store = userfault.ZeroStore(length) if "zero" in words else path
-        region = userfault.open(store, "r+" if write else "r", length=length, **options)
+        mode = "c" if "private" in words else "r+" if write else "r"
+        region = userfault.open(store, mode, length=length, **options)
     except (AttributeError, TypeError, ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise Unavailable(f"userfault {variant}: {reason}") from error

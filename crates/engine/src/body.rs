@@ -395,8 +395,8 @@ impl Body {
         Ok(read)
     }
 
-    /// A descriptor from which a range can be read in flight.
-    pub(crate) fn direct(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
+    /// A descriptor from which a range of the store can be read in flight, and the offset there.
+    pub(crate) fn direct(&self, offset: u64, len: usize) -> Option<(BorrowedFd<'_>, u64)> {
         if self.read_turn.is_some() {
             return None;
         }

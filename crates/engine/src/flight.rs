@@ -125,10 +125,10 @@ impl Engine {
             return Err(filling);
         }
         let offset = body.store_offset + start as u64;
-        let Some(fd) = (body.stored(start, len) == len)
+        let Some((fd, offset)) = (body.stored(start, len) == len)
             .then(|| body.direct(offset, len))
             .flatten()
-            .map(|file| file.as_raw_fd())
+            .map(|(file, offset)| (file.as_raw_fd(), offset))
         else {
             return Err(filling);
         };

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use common::*;
 use userfault_engine::{Access, Region};
-use userfault_store::{FileMode, FileOptions, FileStore, Store};
+use userfault_store::{FileMode, FileOptions, FileStore, OverlayStore, Store};
 
 const BLOCKS: usize = 2048;
 const READERS: usize = 16;
@@ -103,6 +103,44 @@ fn many_threads_read_and_write(name: &str) -> bool {
     flies
 }
 
+/// The same over private changes: the file stays as it was, and what was changed is read from scratch.
+fn many_threads_change_for_themselves(name: &str) -> bool {
+    let len = BLOCKS * SMALL;
+    let cold = Cold::new(name, len);
+    let flies = cold.flies();
+    let folder = cold.0.parent().unwrap();
+    let overlay = OverlayStore::new(Some(cold.store()), 0, len as u64, folder, "private".into());
+    let limit = Some((BLOCKS / 4 * SMALL) as u64);
+    let options = options(COPIED, Access::Private, len, limit);
+    let region = Region::open(Arc::new(overlay.unwrap()), options).unwrap();
+    for round in 0..2 {
+        thread::scope(|scope| {
+            for reader in 0..READERS {
+                let region = &region;
+                scope.spawn(move || {
+                    for step in 0..BLOCKS / READERS {
+                        let block = step * READERS + (reader + round * 5) % READERS;
+                        let changed = block.is_multiple_of(3) && round > 0;
+                        let byte = pattern(block * SMALL);
+                        let expected = if changed { !byte } else { byte };
+                        assert_eq!(touch::read(region, block * SMALL), expected, "{block}");
+                        assert_eq!(
+                            touch::read(region, block * SMALL + 9),
+                            pattern(block * SMALL + 9)
+                        );
+                        if block.is_multiple_of(3) {
+                            touch::write(region, block * SMALL, !byte);
+                        }
+                    }
+                });
+            }
+        });
+    }
+    region.close().unwrap();
+    assert!(fs::read(&cold.0).unwrap() == patterned(len));
+    flies
+}
+
 /// A touch by a system call, which ends in an error where the program's own would be SIGBUS: 1, or -errno.
 fn touched(region: &Region, at: usize) -> isize {
     let (_reader, writer) = std::io::pipe().unwrap();
@@ -113,6 +151,14 @@ fn touched(region: &Region, at: usize) -> isize {
 fn many_threads_get_every_byte_of_a_cold_file_from_reads_in_flight() {
     apart!(100, {
         let flies = many_threads_read_and_write("many");
+        assert_eq!(has_flown(), flies);
+    });
+}
+
+#[test]
+fn private_changes_lie_over_reads_in_flight() {
+    apart!(100, {
+        let flies = many_threads_change_for_themselves("private");
         assert_eq!(has_flown(), flies);
     });
 }

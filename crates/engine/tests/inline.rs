@@ -16,7 +16,7 @@ use common::random::Random;
 use common::*;
 use userfault_engine::readahead::Advice;
 use userfault_engine::{Access, FaultWay, OnError, Region};
-use userfault_store::{FileMode, FileOptions, FileStore, Store, ZeroStore};
+use userfault_store::{FileMode, FileOptions, FileStore, OverlayStore, Store, ZeroStore};
 
 /// The system's allocator; counts what the calling thread asks of it.
 struct Counting;
@@ -68,17 +68,28 @@ fn file(len: usize) -> Arc<FileStore> {
     Arc::new(store)
 }
 
+/// Private changes over a store.
+fn private(below: Arc<dyn Store>) -> Arc<OverlayStore> {
+    let len = below.len();
+    let folder = std::env::temp_dir();
+    Arc::new(OverlayStore::new(Some(below), 0, len, &folder, "private".into()).unwrap())
+}
+
 #[test]
 fn a_touch_allocates_nothing_frees_nothing_and_leaves_errno_alone() {
     apart!(60, hugetlb, {
         for kind in kinds() {
             let blocks = 24;
             let len = blocks * kind.block;
-            for access in [Access::ReadOnly, Access::ReadWrite] {
+            for access in [Access::ReadOnly, Access::ReadWrite, Access::Private] {
                 // Few blocks of room: most touches find none, wait for it or hand over.
                 for limit in [2 * len as u64, 8 * kind.block as u64] {
+                    let mut store: Arc<dyn Store> = file(len);
+                    if access == Access::Private {
+                        store = private(store);
+                    }
                     let region =
-                        Region::open(file(len), options(kind, access, len, Some(limit))).unwrap();
+                        Region::open(store, options(kind, access, len, Some(limit))).unwrap();
                     let before = CALLS.get();
                     // SAFETY: the thread's own errno.
                     let errno = unsafe { libc::__errno_location() };
@@ -91,7 +102,7 @@ fn a_touch_allocates_nothing_frees_nothing_and_leaves_errno_alone() {
                             // SAFETY: as above.
                             assert_eq!(unsafe { *errno }, 77 + round);
                             assert_eq!(byte, pattern(at));
-                            if access == Access::ReadWrite {
+                            if access != Access::ReadOnly {
                                 touch::write(&region, at, byte);
                             }
                         }

@@ -383,12 +383,13 @@ impl Store for FileStore {
         Ok(true)
     }
 
-    fn direct(&self, offset: u64, len: usize) -> Option<BorrowedFd<'_>> {
+    fn direct(&self, offset: u64, len: usize) -> Option<(BorrowedFd<'_>, u64)> {
         let direct = self.direct.as_ref()?;
         let there = self.existing(offset, len) == len && !self.in_memory;
         (there && self.cache.pages(&self.file, offset, len as u64) == Some(0))
             .then(|| direct.descriptor(offset, len))
             .flatten()
+            .map(|file| (file, offset))
     }
 
     fn will_read(&self, offset: u64, len: u64) -> bool {

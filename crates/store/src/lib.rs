@@ -22,6 +22,7 @@ mod faulty;
 mod file;
 mod lock;
 mod memory;
+mod moved;
 mod overlay;
 mod pagecache;
 mod pages;
@@ -74,11 +75,11 @@ pub trait Store: Send + Sync {
         Ok(false)
     }
 
-    /// A descriptor from which all of a range can be read, at the same offset, by a direct read into memory that is
+    /// A descriptor from which all of a range can be read, and the offset there, by a direct read into memory that is
     /// aligned to a page; for callers who have the kernel read it while they do something else. `None` where that
     /// is not what [`Store::read`] would do, or worse than that: where some of the range is in the page cache.
     /// Whatever goes wrong with such a read, [`Store::read`] says what it is.
-    fn direct(&self, _offset: u64, _len: usize) -> Option<BorrowedFd<'_>> {
+    fn direct(&self, _offset: u64, _len: usize) -> Option<(BorrowedFd<'_>, u64)> {
         None
     }
 

@@ -2,21 +2,22 @@
 //!
 //! Mode "c" lies on a file that must not change; an array without a file lies on nothing, which reads as
 //! zeros. Pages that were written live in a scratch file that is unlinked from the beginning, so nothing
-//! of it outlives the process. Which pages those are is kept in memory: one bit for each 4 KiB.
+//! of it outlives the process. Which pages those are is kept in memory: one bit for each 4 KiB. So a page is either
+//! the scratch file's or of what lies below, and a range that is all one's is read as that one reads it, in flight and
+//! in a signal handler too.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::ops::Range;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use crate::Store;
 use crate::file::{FileMode, FileOptions, FileStore, OpenError};
 use crate::lock::Locking;
-use crate::pages::PageSet;
+use crate::moved::Moved;
 
 /// The unit in which changes move to scratch, bytes.
 const PAGE: usize = 4096;
@@ -29,7 +30,7 @@ pub struct OverlayStore {
     len: u64,
     scratch: FileStore,
     folder: PathBuf,
-    moved: Mutex<PageSet>,
+    moved: Moved,
     name: String,
 }
 
@@ -66,65 +67,80 @@ impl OverlayStore {
             len,
             scratch,
             folder: folder.to_path_buf(),
-            moved: Mutex::new(PageSet::new((len as usize).div_ceil(PAGE))),
+            moved: Moved::new((len as usize).div_ceil(PAGE)),
             name,
         })
     }
 
     /// Bytes that differ from what lies below, as far as they have been written here.
     pub fn changed(&self) -> u64 {
-        (self.moved().count() * PAGE) as u64
+        (self.moved.count() * PAGE) as u64
     }
 
-    fn moved(&self) -> MutexGuard<'_, PageSet> {
-        self.moved.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The pieces of a range that lie in scratch (true) and below (false), in order.
-    fn pieces(&self, offset: u64, len: usize) -> Vec<(bool, Range<usize>)> {
-        let end = (offset as usize + len).min(self.len as usize);
-        let moved = self.moved();
-        let mut pieces: Vec<(bool, Range<usize>)> = Vec::new();
-        let mut at = offset as usize;
-        while at < end {
-            let next = ((at / PAGE + 1) * PAGE).min(end);
-            let here = moved.contains(at / PAGE);
-            match pieces.last_mut() {
-                Some((there, range)) if *there == here => range.end = next,
-                _ => pieces.push((here, at..next)),
-            }
-            at = next;
+    /// The first piece of a range that is not empty: where its bytes are, at which offset there, and where it
+    /// ends here.
+    fn piece(&self, offset: u64, end: u64) -> (Place<'_>, u64, u64) {
+        let page = PAGE as u64;
+        let pages = (offset / page) as usize..end.div_ceil(page) as usize;
+        let (moved, until) = self.moved.run(pages);
+        let until = end.min(until as u64 * page);
+        match &self.below {
+            _ if moved => (Place::Scratch(&self.scratch), offset, until),
+            Some(below) => (Place::Below(&**below), self.offset + offset, until),
+            None => (Place::Nowhere, offset, until),
         }
-        pieces
     }
 
+    /// Where all of a range is, if that is one place, and at which offset there.
+    fn whole(&self, offset: u64, len: u64) -> Option<(Place<'_>, u64)> {
+        let end = offset + len;
+        if len == 0 || end > self.len {
+            return None;
+        }
+        let (place, there, until) = self.piece(offset, end);
+        (until == end).then_some((place, there))
+    }
+
+    /// Reads a range piece by piece, until `read` says false. Allocates nothing.
     fn read_pieces(
         &self,
         offset: u64,
         buf: &mut [u8],
         mut read: impl FnMut(&dyn Store, u64, &mut [u8]) -> io::Result<bool>,
     ) -> io::Result<bool> {
-        let pieces = self.pieces(offset, buf.len());
-        let end = pieces
-            .last()
-            .map_or(offset as usize, |(_, range)| range.end);
-        let (_, tail) = buf.split_at_mut(end - (offset as usize).min(end));
+        let stored = (buf.len() as u64).min(self.len.saturating_sub(offset)) as usize;
+        let (mut bytes, tail) = buf.split_at_mut(stored);
         tail.fill(0);
-        for (in_scratch, range) in pieces {
-            let into = &mut buf[range.start - offset as usize..range.end - offset as usize];
-            let whole = if in_scratch {
-                read(&self.scratch, range.start as u64, into)?
-            } else if let Some(below) = &self.below {
-                read(&**below, self.offset + range.start as u64, into)?
-            } else {
-                into.fill(0);
-                true
-            };
-            if !whole {
-                return Ok(false);
+        let (mut at, end) = (offset, offset + stored as u64);
+        while at < end {
+            let (place, there, until) = self.piece(at, end);
+            let (into, rest) = bytes.split_at_mut((until - at) as usize);
+            match place.store() {
+                Some(store) if !read(store, there, into)? => return Ok(false),
+                Some(_) => {}
+                None => into.fill(0),
             }
+            (bytes, at) = (rest, until);
         }
         Ok(true)
+    }
+}
+
+/// Where bytes of an overlay are.
+enum Place<'a> {
+    Scratch(&'a FileStore),
+    Below(&'a dyn Store),
+    /// Zeros that nobody has written.
+    Nowhere,
+}
+
+impl<'a> Place<'a> {
+    fn store(&self) -> Option<&'a dyn Store> {
+        match *self {
+            Place::Scratch(store) => Some(store),
+            Place::Below(store) => Some(store),
+            Place::Nowhere => None,
+        }
     }
 }
 
@@ -138,6 +154,30 @@ impl Store for OverlayStore {
 
     fn read_now(&self, offset: u64, buf: &mut [u8]) -> io::Result<bool> {
         self.read_pieces(offset, buf, |store, at, into| store.read_now(at, into))
+    }
+
+    fn read_bare(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let bare = |store: &dyn Store, at, into: &mut [u8]| Ok(store.read_bare(at, into));
+        self.read_pieces(offset, buf, bare).unwrap_or(false)
+    }
+
+    fn direct(&self, offset: u64, len: usize) -> Option<(BorrowedFd<'_>, u64)> {
+        let (place, there) = self.whole(offset, len as u64)?;
+        place.store()?.direct(there, len)
+    }
+
+    fn will_read(&self, offset: u64, len: u64) -> bool {
+        // What moved to scratch came by a write: it is in the page cache, or was pushed out of it.
+        match self.whole(offset, len) {
+            Some((Place::Below(store), there)) => store.will_read(there, len),
+            _ => false,
+        }
+    }
+
+    fn was_read(&self, offset: u64, len: u64) {
+        if let Some(below) = &self.below {
+            below.was_read(self.offset + offset, len);
+        }
     }
 
     /// Takes whole pages, as the engine writes them; only the last page of the store may be cut.
@@ -154,7 +194,7 @@ impl Store for OverlayStore {
                 error,
             })
         })?;
-        self.moved()
+        self.moved
             .insert(offset as usize / PAGE..(end as usize).div_ceil(PAGE));
         Ok(())
     }
@@ -167,9 +207,9 @@ impl Store for OverlayStore {
             self.scratch.punch(inner.start, inner.end - inner.start)?;
             // Over nothing a page that is gone is zeros anyhow; over a file its zeros hide the file's bytes.
             if self.below.is_none() {
-                self.moved().remove(pages);
+                self.moved.remove(pages);
             } else {
-                self.moved().insert(pages);
+                self.moved.insert(pages);
             }
         }
         for edge in [offset..inner.start.min(end), inner.end.max(offset)..end] {
@@ -314,6 +354,33 @@ mod tests {
         assert_eq!(store.changed(), 0);
         store.read(0, &mut read).unwrap();
         assert!(read.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_range_that_is_all_in_one_place_is_read_as_it_is_there() {
+        // In the build's folder, which is on a disk: what is in memory has nothing to go past.
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let path = folder.join(format!("overlay-{}", std::process::id()));
+        let bytes: Vec<u8> = (0..64 * PAGE).map(|n| (n / 7) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let below = FileStore::open(&path, FileOptions::new(FileMode::Read)).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let below: Arc<dyn Store> = Arc::new(below);
+        let page = PAGE as u64;
+        let store = OverlayStore::new(Some(below), 4 * page, 50 * page, folder, "test".into());
+        let store = store.unwrap();
+        store.write(10 * page, &[7; 2 * PAGE]).unwrap();
+        let mut read = vec![1; 52 * PAGE];
+        assert!(store.read_bare(0, &mut read), "in a signal handler");
+        let mut expected = bytes[4 * PAGE..54 * PAGE].to_vec();
+        expected[10 * PAGE..12 * PAGE].fill(7);
+        assert_eq!(&read[..50 * PAGE], &expected[..]);
+        assert_eq!(&read[50 * PAGE..], &[0; 2 * PAGE][..]);
+        assert_eq!(store.whole(0, 10 * page).unwrap().1, 4 * page);
+        assert_eq!(store.whole(10 * page, 2 * page).unwrap().1, 10 * page);
+        assert!(store.whole(9 * page, 2 * page).is_none(), "in both");
+        assert!(store.direct(9 * page, 2 * PAGE).is_none());
+        assert!(store.whole(49 * page, 2 * page).is_none(), "past the end");
     }
 
     #[test]

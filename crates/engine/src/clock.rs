@@ -32,6 +32,8 @@ pub(crate) struct Watched {
     block: u32,
     ticket: u64,
     deadline: Instant,
+    /// No thread waits for it.
+    in_flight: bool,
 }
 
 /// The place for one read: that a thread is in, or that is in flight.
@@ -62,6 +64,7 @@ pub(crate) struct Watch {
     slot: Slot,
     block: u32,
     ticket: u64,
+    in_flight: bool,
 }
 
 impl Watch {
@@ -71,6 +74,7 @@ impl Watch {
         let mut table = body.lock();
         if table.reads.get(&self.block) == Some(&self.ticket) {
             table.reads.remove(&self.block);
+            table.flying -= usize::from(self.in_flight);
             return true;
         }
         false
@@ -118,7 +122,7 @@ impl Clock {
                 slot
             }
         });
-        self.watch_in(&slot, engine, body, block, deadline)
+        self.watch_in(&slot, engine, (body, block), deadline, false)
     }
 
     /// A place for reads, one after the other.
@@ -133,17 +137,22 @@ impl Clock {
         &self,
         slot: &Slot,
         engine: &Engine,
-        body: &Arc<Body>,
-        block: u32,
+        (body, block): (&Arc<Body>, u32),
         deadline: Instant,
+        in_flight: bool,
     ) -> Watch {
         let ticket = engine.tickets.fetch_add(1, Ordering::Relaxed);
-        body.lock().reads.insert(block, ticket);
+        {
+            let mut table = body.lock();
+            table.reads.insert(block, ticket);
+            table.flying += usize::from(in_flight);
+        }
         *slot.lock() = Some(Watched {
             body: body.clone(),
             block,
             ticket,
             deadline,
+            in_flight,
         });
         if self.waiting.lock().asleep {
             self.ring.notify_one();
@@ -152,6 +161,7 @@ impl Clock {
             slot: slot.clone(),
             block,
             ticket,
+            in_flight,
         }
     }
 
@@ -271,7 +281,8 @@ fn give_up(engine: &'static Engine, watched: &Watched) {
         // Before the read can come back and be taken off again.
         engine.note_hung(true);
         table.turn_into(block, State::Poisoning);
-        // The thread is lost, its place is not.
+        // The thread is lost, its place is not. What was in flight took none.
+        table.flying -= usize::from(watched.in_flight);
         engine.fill_ended(body, &mut table);
     }
     let waited = body.retry_for;

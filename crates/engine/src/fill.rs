@@ -15,6 +15,7 @@ use crate::body::Body;
 use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::flight::most_of_one;
 use crate::halfway::Halfway;
 use crate::kernel::Evidence;
 use crate::poison;
@@ -27,10 +28,6 @@ use crate::stats::add;
 use crate::table::Table;
 use crate::trace::Kind;
 use crate::workers::{Lead, Task, Touch};
-
-/// Fills of one region at once. The others wait, so that a store that is slow or hangs does not take every
-/// thread from the regions of other stores.
-const MOST_FILLS: usize = 32;
 
 /// Runs of blocks smaller than this are announced to the store before they are read, bytes: it fetches them at
 /// one go. Larger ones are worth a read of their own.
@@ -322,7 +319,7 @@ impl Engine {
     /// Brings an absent block in. The block is in state Filling and belongs to `filling`.
     pub(crate) fn fill(&'static self, filling: Filling, lead: &mut Lead) {
         let body = filling.body.clone();
-        {
+        let (may_fly, crowded) = {
             let mut table = body.lock();
             if table.closed {
                 let rest = std::mem::take(&mut table.fills_waiting);
@@ -334,15 +331,26 @@ impl Engine {
                 }
                 return;
             }
-            if table.filling >= MOST_FILLS {
+            table.filling += 1;
+            (table.flying < most_of_one(body.block), table.is_crowded())
+        };
+        let filling = if may_fly {
+            let Err(filling) = self.depart(filling, lead) else {
+                return;
+            };
+            filling
+        } else {
+            filling
+        };
+        if crowded {
+            let mut table = body.lock();
+            // Whoever ends next calls the next one: there must be somebody.
+            if table.is_crowded() {
+                table.filling -= 1;
                 table.fills_waiting.push_back(filling);
                 return;
             }
-            table.filling += 1;
         }
-        let Err(filling) = self.depart(filling, lead) else {
-            return;
-        };
         let tried = body.backing.fill(self, &filling, lead);
         self.end_try(filling, tried, lead);
     }

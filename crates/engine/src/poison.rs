@@ -74,6 +74,10 @@ pub(crate) fn heal(engine: &'static Engine, body: &Arc<Body>, block: u32) -> Res
     let offset = body.start(block) as u64;
     {
         let mut table = body.lock();
+        // The toucher hears of it first, and may ask before the block has its state.
+        while table.state(block) == State::Poisoning {
+            body.sleep(&mut table, Duration::from_millis(100));
+        }
         if table.state(block) != State::Poisoned {
             return Ok(0);
         }

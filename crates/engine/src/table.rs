@@ -14,6 +14,10 @@ use crate::error::Error;
 use crate::fill::Filling;
 use crate::policy::Memo;
 
+/// Fills of one region at once that threads wait for. The others wait, so that a store that is slow or hangs does
+/// not take every thread from the regions of other stores.
+pub(crate) const MOST_FILLS: usize = 32;
+
 /// Somebody faulted on the block while it was owned: wake it at the end.
 const WAITED: u8 = 1;
 
@@ -94,6 +98,8 @@ pub struct Table {
     pub(crate) barred: HashSet<u32>,
     /// Fills under way.
     pub(crate) filling: usize,
+    /// Those of them that the kernel reads: no thread waits for them.
+    pub(crate) flying: usize,
     /// Fills that wait until fewer are under way.
     pub(crate) fills_waiting: VecDeque<Filling>,
     pub(crate) errors: Vec<BlockError>,
@@ -144,6 +150,7 @@ impl Table {
             given_up: HashSet::new(),
             barred: HashSet::new(),
             filling: 0,
+            flying: 0,
             fills_waiting: VecDeque::new(),
             errors: Vec::new(),
             hashes: HashMap::new(),
@@ -352,6 +359,11 @@ impl Table {
     /// True if nobody uses the memory, nor may a read that was given up still come back to it.
     pub(crate) fn quiet(&self) -> bool {
         !self.in_use() && self.hung.is_empty()
+    }
+
+    /// True if threads wait for more fills than they should.
+    pub(crate) fn is_crowded(&self) -> bool {
+        self.filling - self.flying > MOST_FILLS
     }
 
     /// True if a device may be writing to the block.

@@ -156,6 +156,27 @@ fn many_threads_get_every_byte_of_a_cold_file_from_reads_in_flight() {
 }
 
 #[test]
+fn more_threads_than_places_get_their_bytes() {
+    apart!(100, {
+        let len = 4 * BLOCKS * SMALL;
+        let cold = Cold::new("crowd", len);
+        let region = open(COPIED, &cold.store(), len, BLOCKS);
+        thread::scope(|scope| {
+            for reader in 0..200 {
+                let region = &region;
+                scope.spawn(move || {
+                    for step in 0..4 * BLOCKS / 200 {
+                        let at = (step * 200 + reader) * SMALL + reader;
+                        assert_eq!(touch::read(region, at), pattern(at));
+                    }
+                });
+            }
+        });
+        region.close().unwrap();
+    });
+}
+
+#[test]
 fn private_changes_lie_over_reads_in_flight() {
     apart!(100, {
         let flies = many_threads_change_for_themselves("private");
@@ -245,6 +266,36 @@ mod hangs {
             };
             assert_eq!(healed, SMALL as u64);
             assert_eq!(touch::read(&region, 3 * SMALL + 5), pattern(3 * SMALL + 5));
+        });
+    }
+
+    #[test]
+    fn more_late_reads_than_there_are_places_are_all_given_up_and_all_heal() {
+        let name = "hangs::more_late_reads_than_there_are_places_are_all_given_up_and_all_heal";
+        with(name, "USERFAULT_ARRIVAL_IS_LATE", "1500", || {
+            let len = 200 * SMALL;
+            let cold = Cold::new("many-late", len);
+            let mut options = options(COPIED, Access::ReadOnly, len, None);
+            options.retry_for = Duration::from_millis(300);
+            let region = Region::open(cold.store(), options).unwrap();
+            for _ in 0..2 {
+                thread::scope(|scope| {
+                    for block in 0..200 {
+                        let region = &region;
+                        // Given up, or read in the ordinary way when no place was left.
+                        scope.spawn(move || touched(region, block * SMALL));
+                    }
+                });
+                while region.heal(0, len as u64).is_err() {
+                    thread::sleep(Duration::from_millis(50));
+                }
+                for block in 0..200 {
+                    assert_eq!(touch::read(&region, block * SMALL), pattern(block * SMALL));
+                }
+                region.evict(0, len as u64).unwrap();
+                cold.cool();
+            }
+            region.close().unwrap();
         });
     }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tomllib
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,13 +15,24 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 BLOCK = re.compile(
-    r"(<!-- not run: \S.*?-->\s*)?^```(?:python|\{code-block\} python)\n(.*?)^```$", re.M | re.S
+    r"(<!-- (?:not run|needs): \S.*?-->\s*)?^```(?:python|\{code-block\} python)\n(.*?)^```$", re.M | re.S
 )
+NEEDS = re.compile(r"<!-- needs: (\w+) -->")
 
 
 def examples(page: Path) -> list[str]:
     """The Python blocks of a page that are to be run."""
     return [code for reason, code in BLOCK.findall(page.read_text()) if not reason]
+
+
+def guests() -> list[Any]:
+    """The blocks that need a package of others, which is not one of ours: page, package, block."""
+    return [
+        pytest.param(found[1], code, id=f"{name(page)}-{found[1]}")
+        for page in PAGES
+        for reason, code in BLOCK.findall(page.read_text())
+        if (found := NEEDS.match(reason))
+    ]
 
 
 def name(page: Path) -> str:
@@ -39,6 +52,17 @@ def test_the_examples_of_a_page_run(page: Path, run_child, tmp_path: Path) -> No
     run_child(
         f"import os, runpy; os.chdir({str(folder)!r}); runpy.run_path({str(program)!r}, run_name='__main__')"
     )
+
+
+@pytest.mark.parametrize(("package", "code"), guests())
+def test_an_example_that_needs_another_package_runs_by_itself_where_that_is_installed(
+    package: str, code: str, run_child, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    program = tmp_path / "example.py"
+    program.write_text(code)
+    run_child(f"import os, runpy; os.chdir({str(tmp_path)!r}); runpy.run_path({str(program)!r})", timeout=100)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

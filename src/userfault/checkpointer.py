@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import json
 import math
+import operator
 import os
 import queue
 import sys
@@ -33,6 +34,9 @@ __all__ = ["Checkpointer", "Point"]
 
 _TICK = 0.05
 """Seconds between two looks at points under way, for their callbacks."""
+
+
+_LAST_STEP = (1 << 63) - 1
 
 
 class Point:
@@ -236,8 +240,8 @@ class Checkpointer(_native.Checkpointer):
     A context manager that closes itself. After fork() the child cannot use it (RuntimeError); saves go on in
     the parent. When the interpreter exits, saves under way are finished first.
 
-    Raises ValueError for arrays that cannot be tracked, with the reason; InUseError; OSError if the directory
-    cannot be written; CorruptError if it holds a damaged manifest.
+    Raises ValueError for arrays that cannot be tracked, with the reason; TypeError for what has no memory;
+    InUseError; OSError if the directory cannot be written; CorruptError if it holds a damaged manifest.
     """
 
     _directory: str
@@ -260,8 +264,11 @@ class Checkpointer(_native.Checkpointer):
         drain: Literal["auto", "off"] = "auto",
         timeout: float = 60.0,
     ) -> Checkpointer:
-        if not arrays:
-            raise ValueError("there is nothing to save: arrays is empty")
+        _check_names(arrays)
+        if isinstance(always_copy, str):
+            raise TypeError(f"always_copy is {always_copy!r}: give a list of names")
+        # The program may go elsewhere while it saves.
+        directory = os.path.abspath(directory)
         copied = set(always_copy)
         unknown = copied - arrays.keys()
         if unknown:
@@ -293,7 +300,7 @@ class Checkpointer(_native.Checkpointer):
             drain=drain == "auto",
             timeout=timeout,
         )
-        self._directory = os.fspath(directory)
+        self._directory = directory
         self._process = os.getpid()
         self._held = [each.owner for each in found.values()]
         self._max_to_keep = max_to_keep
@@ -318,9 +325,13 @@ class Checkpointer(_native.Checkpointer):
 
         Raises what made an earlier save fail, if nobody has been told by this method or `wait` yet;
         ValueError for a step that is not above the last, and once closed; TypeError if `meta` cannot be
-        written as JSON.
+        written as JSON, or if `step` is no integer.
         """
         text = json.dumps(meta)
+        if step is not None:
+            step = operator.index(step)
+            if not 0 <= step <= _LAST_STEP:
+                raise ValueError(f"step is {step}: it is a number from 0 to 2**63 - 1")
         with pause() if pause is not None else contextlib.nullcontext():
             point = self._save(step, text)
         return Point(point, progress)
@@ -407,6 +418,19 @@ class Checkpointer(_native.Checkpointer):
         else:
             state = "closed" if self._closed else f"last finished step {self.latest_step()}"
         return f"<userfault.Checkpointer {self._directory!r}, {state}>"
+
+
+def _check_names(arrays: object) -> None:
+    """Raises ValueError if there is nothing, and TypeError if it has no names, or names that are no text."""
+    if not isinstance(arrays, Mapping):
+        raise TypeError(f"arrays is a {type(arrays).__name__}: give a dictionary of arrays by name")
+    if not arrays:
+        raise ValueError("there is nothing to save: arrays is empty")
+    for name in arrays:
+        if not isinstance(name, str):
+            raise TypeError(f"the name {name!r} of an array is no str")
+        if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise ValueError(f"the name {name!r} of an array is no text: it has half a surrogate pair")
 
 
 _never_released: list[list[object]] = []

@@ -177,10 +177,14 @@ def restore(
     NumPy does not have come as their bytes.
 
     Raises FileNotFoundError if there is no such point, KeyError for a name that it does not have, ValueError
-    for arguments that make no sense, CorruptError if its index is damaged.
+    or TypeError for arguments that make no sense, CorruptError if its index is damaged.
     """
+    # The program may go elsewhere while the point is open.
+    directory = os.path.abspath(directory)
     if mode not in ("r", "c"):
         raise ValueError(f'mode is {mode!r}: it must be "r" or "c"')
+    if isinstance(names, str):
+        raise TypeError(f"names is {names!r}: give a list of names")
     point = _native.OpenPoint(directory, step)
     known = {name: (description, data) for name, description, data in point.arrays()}
     wanted = list(known) if names is None else list(names)
@@ -207,8 +211,12 @@ def restore(
         data = known[name][1]
         store, shape = stores[data], shapes[name]
         if name in targets:
-            done = _read(store, _target(name, targets[name], store.nbytes), done, total, progress)
+            target = _target(name, targets[name], shape.nbytes)
+            done = _read(store, target, done, total, progress)
             arrays[name] = targets[name]
+            continue
+        if shape.nbytes == 0:
+            arrays[name] = np.empty(shape.shape, shape.dtype)
             continue
         if reading:
             if data not in opened:
@@ -259,12 +267,12 @@ def _target(name: str, array: Any, nbytes: int) -> NDArray[np.uint8]:
 
         found = described(name, array)
         memory = (ctypes.c_uint8 * found.nbytes).from_address(found.address)
-        flat = np.frombuffer(memoryview(memory).cast("B"), np.uint8)
+        flat = np.frombuffer(memoryview(memory).cast("B"), np.uint8)[: array.numel() * array.element_size()]
     else:
         view = memoryview(array)
         if view.readonly or not view.c_contiguous:
             raise ValueError(f"into[{name!r}] must be writable and C-contiguous")
-        flat = np.frombuffer(view.cast("B"), np.uint8)
+        flat = np.frombuffer(view.cast("B"), np.uint8) if view.nbytes else np.zeros(0, np.uint8)
     if flat.nbytes != nbytes:
         raise ValueError(f"into[{name!r}] has {flat.nbytes} bytes, the saved array {nbytes}")
     return flat

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Described", "Shape", "described"]
 
+_NOTHING = np.zeros(1, np.uint8)
+"""What is saved of an array without elements: a byte, so that everything that is saved has some."""
+
 
 @dataclass(frozen=True)
 class Described:
@@ -32,11 +35,13 @@ class Described:
 def described(name: str, array: Any) -> Described:
     """Finds an array's memory.
 
-    Raises ValueError for one that is empty, read-only, not C-contiguous, or of Python objects, and TypeError
+    Raises ValueError for one that is read-only, masked, not C-contiguous, or of Python objects, and TypeError
     for what has no memory of its own.
     """
     if type(array).__module__.partition(".")[0] == "torch":
         return _tensor(name, array)
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"array {name!r} is masked: save its .data and its .mask, each under its name")
     if isinstance(array, np.ndarray):
         if array.dtype.hasobject:
             raise ValueError(f"array {name!r} holds Python objects, which cannot be saved as bytes")
@@ -44,14 +49,16 @@ def described(name: str, array: Any) -> Described:
             raise ValueError(f"array {name!r} is not C-contiguous; save its base, or its transpose")
         if not array.flags.writeable:
             raise ValueError(f"array {name!r} is read-only: it does not change, so save it once with numpy")
-        _not_empty(name, array.nbytes)
-        description = {
-            "kind": "ndarray",
-            "dtype": _to_json(np.lib.format.dtype_to_descr(array.dtype)),
-            "shape": list(array.shape),
-        }
+        try:
+            descr = np.lib.format.dtype_to_descr(array.dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"array {name!r} is of a type that cannot be written down: {error}. "
+                f'Save its bytes: array.view("V{array.itemsize}")'
+            ) from None
+        description = {"kind": "ndarray", "dtype": _to_json(descr), "shape": list(array.shape)}
         # An export keeps ndarray.resize() from moving the bytes.
-        return Described(array.ctypes.data, array.nbytes, description, (array, _export(array)))
+        return _found(array.ctypes.data, array.nbytes, description, (array, _export(array)))
     try:
         view = memoryview(array)
     except TypeError:
@@ -60,14 +67,15 @@ def described(name: str, array: Any) -> Described:
         raise ValueError(f"array {name!r} is read-only memory")
     if not view.c_contiguous:
         raise ValueError(f"array {name!r} is not C-contiguous")
-    _not_empty(name, view.nbytes)
-    flat = np.frombuffer(view.cast("B"), np.uint8)
-    return Described(
-        flat.ctypes.data,
-        view.nbytes,
-        {"kind": "buffer", "dtype": "|u1", "shape": [view.nbytes]},
-        flat,
-    )
+    flat = np.frombuffer(view.cast("B"), np.uint8) if view.nbytes else np.zeros(0, np.uint8)
+    description = {"kind": "buffer", "dtype": "|u1", "shape": [view.nbytes]}
+    return _found(flat.ctypes.data, view.nbytes, description, (flat, view))
+
+
+def _found(address: int, nbytes: int, description: dict[str, Any], owner: object) -> Described:
+    if nbytes == 0:
+        return Described(_NOTHING.ctypes.data, _NOTHING.nbytes, description, (owner, _NOTHING))
+    return Described(address, nbytes, description, owner)
 
 
 def _export(array: NDArray[Any]) -> object:
@@ -78,22 +86,22 @@ def _export(array: NDArray[Any]) -> object:
         return memoryview(cast("Buffer", array.view(f"V{array.itemsize}").reshape(-1).view(np.uint8)))
 
 
-def _not_empty(name: str, nbytes: int) -> None:
-    if nbytes == 0:
-        raise ValueError(f"array {name!r} is empty: there is nothing to save")
-
-
 def _tensor(name: str, tensor: Any) -> Described:
     if tensor.device.type != "cpu":
         raise ValueError(f"tensor {name!r} is on {tensor.device}: only memory of the CPU can be tracked")
+    layout = str(getattr(tensor, "layout", "torch.strided"))
+    if layout != "torch.strided":
+        raise ValueError(f"tensor {name!r} has the layout {layout}: save the dense tensors it is made of")
     if not tensor.is_contiguous():
-        raise ValueError(f"tensor {name!r} is not contiguous")
+        raise ValueError(f"tensor {name!r} is not contiguous; save its base, or .contiguous() in its place")
+    for lazily, what in (("is_conj", "conjugate"), ("is_neg", "negative")):
+        if getattr(tensor, lazily, bool)():
+            raise ValueError(f"tensor {name!r} is the {what} of what its memory holds; save its base")
     nbytes = tensor.numel() * tensor.element_size()
-    _not_empty(name, nbytes)
     dtype = str(tensor.dtype).removeprefix("torch.")
     description = {"kind": "tensor", "dtype": dtype, "shape": list(tensor.shape)}
     storage = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
-    return Described(tensor.data_ptr(), nbytes, description, (tensor, storage))
+    return _found(tensor.data_ptr(), nbytes, description, (tensor, storage))
 
 
 def _to_json(descr: Any) -> Any:
@@ -119,12 +127,6 @@ def _field(field: list[Any]) -> tuple[Any, ...]:
     return (name, _from_json(field[1]), *rest)
 
 
-_TENSORS = {
-    "bfloat16": np.dtype(np.uint16),
-    "bool": np.dtype(np.bool_),
-}
-
-
 @dataclass(frozen=True)
 class Shape:
     """What an array is made of again."""
@@ -132,6 +134,13 @@ class Shape:
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     kind: str
+    original: str = ""
+    """The name of a tensor's type that NumPy does not have, and whose bytes are something else to it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
     def of(cls, name: str, description: Any, nbytes: int) -> Shape:
@@ -142,23 +151,26 @@ class Shape:
         try:
             kind, shape = description["kind"], tuple(description["shape"])
             text = description["dtype"]
+            original = ""
             if kind == "tensor":
-                dtype = _TENSORS.get(text) or _tensor_type(text)
+                try:
+                    dtype = np.dtype(text)
+                except TypeError:
+                    # A type that NumPy does not have (bfloat16, float8 and others), by its bytes.
+                    count = math.prod(shape)
+                    dtype, original = _opaque(nbytes // count if count else 1), text
             else:
                 dtype = np.lib.format.descr_to_dtype(_from_json(text))
             right = all(isinstance(size, int) and size >= 0 for size in shape)
-            if not right or dtype.hasobject or math.prod(shape) * dtype.itemsize != nbytes:
+            needed = math.prod(shape) * dtype.itemsize if right else -1
+            if dtype.hasobject or (needed or _NOTHING.nbytes) != nbytes:
                 raise CorruptError(f"array {name!r}: {description} does not describe {nbytes} bytes")
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, CorruptError):
                 raise
             raise CorruptError(f"array {name!r} is described as {description}: {error}") from error
-        return cls(dtype, cast("tuple[int, ...]", shape), kind)
+        return cls(dtype, cast("tuple[int, ...]", shape), kind, original)
 
 
-def _tensor_type(text: str) -> np.dtype[Any]:
-    try:
-        return np.dtype(text)
-    except TypeError:
-        # A type that NumPy does not have, by its bytes: float8 and the like.
-        return np.dtype(np.uint8)
+def _opaque(size: int) -> np.dtype[Any]:
+    return np.dtype(f"u{size}" if size in (1, 2, 4, 8) else f"V{size}")

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import userfault
+from snapshot.exactness import torch_like
 from userfault.__main__ import app
 
 
@@ -116,6 +117,90 @@ def from_safetensors(target: Path, files: list[str]) -> dict[str, Any]:
         array = np.frombuffer(content[start + begin : start + end], kinds[entry["dtype"]])
         found[name.rpartition("/")[2]] = array.reshape(entry["shape"])
     return found
+
+
+def test_no_array_takes_another_ones_place_whatever_they_are_called(tmp_path: Path) -> None:
+    names = ["a/b", "a_b", "a b", "file", "args", "allow_pickle", "", "..", "x" * 300, "x" * 301, "\u4e2d"]
+    arrays = {name: np.full(5, number) for number, name in enumerate(names)}
+    with userfault.Checkpointer(tmp_path / "points", arrays) as ck:
+        ck.save(1).result(60)
+    run("export", tmp_path / "points", tmp_path / "all.npz")
+    with np.load(tmp_path / "all.npz") as found:
+        assert {name: found[name][0] for name in found.files} == {
+            name: number for number, name in enumerate(names)
+        }
+    for kind, read in (("npy", np.load), ("raw", lambda path: np.fromfile(path, np.int64))):
+        answer = json.loads(run("export", tmp_path / "points", tmp_path / kind, "--as", kind, "--json"))
+        assert answer["arrays"] == names
+        assert len(list((tmp_path / kind).iterdir())) == len(names)
+        for number, path in enumerate(answer["files"]):
+            assert Path(path).parent == tmp_path / kind
+            assert (read(path) == number).all()
+
+
+def test_one_array_is_one_file_if_the_target_is_called_so(folder: Path, tmp_path: Path) -> None:
+    run("export", folder, tmp_path / "bias.npy", "--name", "bias")
+    assert np.load(tmp_path / "bias.npy").tolist() == [0, 1, 2, 3, 4]
+    run("export", folder, tmp_path / "text.raw", "--name", "text")
+    assert (tmp_path / "text.raw").read_bytes() == b"hello"
+    done = CliRunner().invoke(app, ["snapshot", "export", str(folder), str(tmp_path / "all.npy")])
+    assert done.exit_code == 2
+    assert "is one file, and there are 3 arrays" in done.stderr
+
+
+@pytest.mark.parametrize("target", ["all.npz", "all.safetensors", "folder", "layer.raw"])
+def test_an_export_of_a_damaged_block_says_which_and_leaves_what_was_there(
+    folder: Path, tmp_path: Path, target: str
+) -> None:
+    largest = max(folder.glob("segment-*"), key=lambda path: path.stat().st_size)
+    spoilt = bytearray(largest.read_bytes())
+    spoilt[4096 * 100] ^= 1
+    largest.write_bytes(spoilt)
+    out = tmp_path / "out"
+    out.mkdir()
+    if target != "folder":
+        (out / target).write_text("as before")
+    words = ["export", str(folder), str(out / target), "--name", "bias", "--name", "layer.0/weights"]
+    if target.endswith("raw"):
+        words[3:5] = []
+    done = CliRunner().invoke(app, ["snapshot", *words])
+    assert done.exit_code == 2, done.output
+    assert 'array "layer.0/weights": block' in done.stderr
+    assert "are damaged" in done.stderr
+    left = [path for path in out.rglob("*") if path.is_file()]
+    assert [path.read_text() for path in left] == ([] if target == "folder" else ["as before"])
+
+
+def test_types_that_only_torch_has_keep_their_names_in_safetensors(tmp_path: Path) -> None:
+    tensor, storage = torch_like(64)
+    storage[:] = np.arange(64)
+    big = np.arange(4, dtype=">i4")
+    arrays = {"bf16": tensor, "big": big, "none": np.zeros((0, 3), np.float32)}
+    with userfault.Checkpointer(tmp_path / "points", arrays) as ck:
+        ck.save(1).result(60)
+    run("export", tmp_path / "points", tmp_path / "all.safetensors")
+    content = (tmp_path / "all.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    assert header["bf16"] == {"dtype": "BF16", "shape": [32], "data_offsets": [0, 64]}
+    assert header["none"] == {"dtype": "F32", "shape": [0, 3], "data_offsets": [80, 80]}
+    assert content[start : start + 64] == storage.tobytes()
+    assert np.frombuffer(content[start + 64 :], "<i4").tolist() == [0, 1, 2, 3]
+    dates = np.zeros(3, "datetime64[s]")
+    with userfault.Checkpointer(tmp_path / "dates", {"dates": dates}) as ck:
+        ck.save(1).result(60)
+    words = ["snapshot", "export", str(tmp_path / "dates"), str(tmp_path / "dates.safetensors")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert "which .safetensors files do not have" in done.stderr
+
+
+def test_diff_compares_the_last_two_points_if_none_are_named(folder: Path) -> None:
+    told = json.loads(run("diff", folder, "--json", status=1))
+    assert (told["first"], told["second"]) == (1, 2)
+    assert told == json.loads(run("diff", folder, "1", "2", "--json", status=1))
+    done = CliRunner().invoke(app, ["snapshot", "diff", str(folder.parent / "nowhere")])
+    assert done.exit_code == 2
 
 
 def test_some_arrays_are_exported_by_name(folder: Path, tmp_path: Path) -> None:

@@ -146,15 +146,28 @@ def test_what_cannot_be_tracked_is_refused_with_the_reason(tmp_path: Path) -> No
         ("strided", np.zeros((4, 4))[:, ::2], ValueError, "C-contiguous"),
         ("read-only", fixed, ValueError, "read-only"),
         ("bytes", b"abc", ValueError, "read-only"),
-        ("empty", np.zeros(0), ValueError, "empty"),
+        ("masked", np.ma.array([1, 2]), ValueError, "masked"),
+        (
+            "overlapping",
+            np.zeros(4, np.dtype({"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [0, 2]})),
+            ValueError,
+            "array 'overlapping' is of a type that cannot be written down",
+        ),
         ("a list", [1, 2], TypeError, "no buffer"),
     ):
         with pytest.raises(error, match=reason):
             userfault.Checkpointer(folder, {name: bad})
-    tensor, _ = torch_like(1 << 20)
-    type(tensor).device = SimpleNamespace(type="cuda")
-    with pytest.raises(ValueError, match="only memory of the CPU"):
-        userfault.Checkpointer(folder, {"gpu": tensor})
+    for attribute, value, reason in (
+        ("device", SimpleNamespace(type="cuda"), "only memory of the CPU"),
+        ("layout", "torch.sparse_coo", "layout torch.sparse_coo"),
+        ("is_conj", lambda self: True, "is the conjugate of what its memory holds"),
+        ("is_neg", lambda self: True, "is the negative of what its memory holds"),
+        ("is_contiguous", lambda self: False, "not contiguous"),
+    ):
+        tensor, _ = torch_like(1 << 20)
+        setattr(type(tensor), attribute, value)
+        with pytest.raises(ValueError, match=reason):
+            userfault.Checkpointer(folder, {"tensor": tensor})
 
 
 def test_memory_that_another_userfaultfd_watches_is_refused_with_the_reason(
@@ -181,6 +194,99 @@ with userfault.Userfaultfd() as watching:
 """,
         str(tmp_path / "points"),
     )
+
+
+def test_arrays_without_elements_are_given_back_as_they_are(tmp_path: Path) -> None:
+    tensor, _ = torch_like(0)
+    arrays: dict[str, Any] = {
+        "rows": np.zeros((0, 3), np.float32),
+        "text": bytearray(),
+        "tensor": tensor,
+        "some": np.arange(4),
+    }
+    with userfault.Checkpointer(tmp_path, arrays) as ck:
+        ck.save(1).result(60)
+        assert ck.verify() == []
+    for lazy in (True, False):
+        with userfault.restore(tmp_path, lazy=lazy) as state:
+            assert state["rows"].shape == (0, 3)
+            assert state["rows"].dtype == np.float32
+            assert state["text"].nbytes == state["tensor"].nbytes == 0
+            assert state["some"].tolist() == [0, 1, 2, 3]
+    with userfault.restore(tmp_path, into=arrays) as state:
+        assert state["rows"] is arrays["rows"]
+    with pytest.raises(ValueError, match="has 8 bytes, the saved array 0"):
+        userfault.restore(tmp_path, into={"rows": np.zeros(1)})
+
+
+@pytest.mark.parametrize(("kind", "size", "as_what"), [("complex32", 4, "u4"), ("float8_e5m2", 1, "u1")])
+def test_tensors_of_types_that_numpy_does_not_have_come_as_their_bytes(
+    tmp_path: Path, kind: str, size: int, as_what: str
+) -> None:
+    tensor, storage = torch_like(4000)
+    storage[:] = np.arange(4000) % 251
+    for name, value in (("dtype", f"torch.{kind}"), ("shape", (4000 // size,))):
+        setattr(type(tensor), name, value)
+    type(tensor).numel = lambda self: 4000 // size
+    type(tensor).element_size = lambda self: size
+    with userfault.Checkpointer(tmp_path, {"a": tensor}) as ck:
+        ck.save().result(60)
+    with userfault.restore(tmp_path) as state:
+        assert state["a"].dtype == as_what
+        assert state["a"].shape == (4000 // size,)
+        assert state["a"].tobytes() == storage.tobytes()
+
+
+def test_the_directory_stays_the_same_wherever_the_program_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    array = np.arange(1 << 18)
+    with userfault.Checkpointer("points", {"a": array}) as ck:
+        ck.save(1).result(60)
+        state = userfault.restore("points")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        ck.save(2).result(60)
+        assert ck.verify() == []
+        assert state["a"][12345] == 12345
+        state.close()
+    assert list(Path().iterdir()) == []
+
+
+def test_arrays_come_go_and_change_their_shape_between_runs(tmp_path: Path) -> None:
+    runs: list[dict[str, Any]] = [
+        {"a": np.arange(300_000), "b": np.ones(10)},
+        {"a": np.arange(300_000).reshape(3, -1) + 1, "c": np.ones(11)},
+        {"a": np.arange(200_000, dtype=">f4"), "b": np.zeros(10), "c": np.ones(11)},
+    ]
+    for step, arrays in enumerate(runs):
+        with userfault.Checkpointer(tmp_path, arrays) as ck:
+            assert ck.latest_step() == (step - 1 if step else None)
+            ck.save().result(60)
+    assert ck.steps() == [0, 1, 2]
+    for step, arrays in enumerate(runs):
+        with userfault.restore(tmp_path, step) as state:
+            assert list(state) == list(arrays)
+            for name, array in arrays.items():
+                assert (state[name].dtype, state[name].shape) == (array.dtype, array.shape)
+                assert np.array_equal(state[name], array)
+
+
+def test_arrays_that_overlap_are_each_what_they_were(tmp_path: Path) -> None:
+    array = np.zeros(4 << 20, np.uint8)
+    arrays = {"all": array, "half": array[: 2 << 20], "middle": array[1 << 20 : 3 << 20]}
+    with userfault.Checkpointer(tmp_path, arrays) as ck:
+        for step in range(4):
+            array[:] = step
+            array[step * 4096 * 300] = 99
+            point = ck.save(step)
+            expected = {name: each.copy() for name, each in arrays.items()}
+            array[:] = 200
+            point.result(60)
+            with userfault.restore(tmp_path, lazy=False) as state:
+                for name, each in expected.items():
+                    assert np.array_equal(state[name], each), (step, name)
 
 
 def test_ragged_edges_small_arrays_and_ties_are_taken(tmp_path: Path) -> None:
@@ -252,6 +358,7 @@ def test_a_restore_takes_some_arrays_or_fills_those_that_are_there(tmp_path: Pat
         ({"mode": "w"}, ValueError),
         ({"into": {"a": bytearray(3)}}, ValueError),
         ({"into": {"b": bytes(5000)}}, ValueError),
+        ({"names": "a"}, TypeError),
     ):
         with pytest.raises(error):
             userfault.restore(tmp_path, **wrong)  # type: ignore[arg-type]
@@ -368,13 +475,27 @@ def test_a_callers_mistake_is_told_at_once(tmp_path: Path) -> None:
         ({"timeout": 0}, "timeout"),
         ({"max_rate": 0}, "max_rate"),
         ({"staging": "much"}, "staging"),
+        ({"arrays": {"\ud800": bytearray(5)}}, "half a surrogate pair"),
     ):
         options: dict[str, Any] = {"arrays": {"a": bytearray(5)}, **wrong}
         with pytest.raises(ValueError, match=match):
             userfault.Checkpointer(tmp_path, options.pop("arrays"), **options)
+    for confused, why in (
+        ({"arrays": [bytearray(5)]}, "arrays is a list"),
+        ({"arrays": {5: bytearray(5)}}, "the name 5 of an array"),
+        ({"always_copy": "a"}, "always_copy is 'a'"),
+    ):
+        options = {"arrays": {"a": bytearray(5)}, **confused}
+        with pytest.raises(TypeError, match=why):
+            userfault.Checkpointer(tmp_path, options.pop("arrays"), **options)
     ck = userfault.Checkpointer(tmp_path, {"a": bytearray(5)})
     with pytest.raises(TypeError, match="JSON"):
         ck.save(meta={1, 2})
+    for step in (-1, 1 << 63, 1 << 70):
+        with pytest.raises(ValueError, match=f"step is {step}"):
+            ck.save(step)
+    with pytest.raises(TypeError):
+        ck.save(1.5)  # type: ignore[arg-type]
     ck.close()
     ck.close()
     with pytest.raises(ValueError, match="closed"):

@@ -66,7 +66,9 @@ impl Checkpointer {
                     )));
                 }
                 (Some(step), _) => step,
-                (None, Some(last)) => last + 1,
+                (None, Some(last)) => last.checked_add(1).ok_or_else(|| {
+                    Error::Invalid(format!("no step comes after {last}, the last one saved"))
+                })?,
                 (None, None) => 0,
             };
             let point = Arc::new(Point::new(step, shared.method()));

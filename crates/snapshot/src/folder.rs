@@ -119,9 +119,10 @@ pub fn flock(file: &File, exclusive: bool) -> io::Result<bool> {
 }
 
 impl Folder {
-    /// Makes the directory if need be, and locks it.
+    /// Makes the directory if need be, and locks it. It stays that one wherever the program goes.
     pub fn open(path: &Path, durable: bool, fault: Option<Fault>) -> Result<Folder, Error> {
-        fs::create_dir_all(path).map_err(|error| Error::io(path, "making the directory", error))?;
+        let path = &std::path::absolute(path).map_err(|error| Error::io(path, "finding", error))?;
+        make(path, durable).map_err(|error| Error::io(path, "making the directory", error))?;
         let at = path.join(LOCK);
         let lock = OpenOptions::new()
             .read(true)
@@ -360,6 +361,18 @@ impl Folder {
         }
         self.remove(NEW_MANIFEST)
     }
+}
+
+/// Makes a directory, and those above it. If points in it are to be durable, so are their names.
+fn make(path: &Path, durable: bool) -> io::Result<()> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|each| !each.exists()).collect();
+    fs::create_dir_all(path)?;
+    if durable {
+        for parent in missing.iter().filter_map(|each| each.parent()) {
+            File::open(parent)?.sync_all()?;
+        }
+    }
+    Ok(())
 }
 
 /// The bytes of the manifest of a directory; `None` if it has none.

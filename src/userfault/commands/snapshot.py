@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
-
-if TYPE_CHECKING:
-    from userfault.restoring import State
 
 app = typer.Typer(help="Points that a Checkpointer has saved.", no_args_is_help=True)
 
@@ -21,12 +17,19 @@ _Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of 
 
 
 def _fail(error: Exception) -> typer.Exit:
-    typer.echo(f"userfault snapshot: {error}", err=True)
+    # The text of a KeyError is what it was made of.
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    typer.echo(f"userfault snapshot: {text}", err=True)
     return typer.Exit(2)
 
 
 def _differs() -> NoReturn:
     raise typer.Exit(1)
+
+
+def _array(name: str, description: dict[str, Any], nbytes: int) -> dict[str, Any]:
+    # Of an array without elements a byte is saved.
+    return {"name": name, "nbytes": 0 if 0 in description["shape"] else nbytes, **description}
 
 
 @app.command()
@@ -40,7 +43,7 @@ def ls(path: _Directory, as_json: _Json = False) -> None:
         for step, when, segments in _native.list_points(path):
             opened = _native.OpenPoint(path, step)
             arrays = [
-                {"name": name, "nbytes": opened.store(data).nbytes, **json.loads(description)}
+                _array(name, json.loads(description), opened.store(data).nbytes)
                 for name, description, data in opened.arrays()
             ]
             points.append(
@@ -96,7 +99,10 @@ def verify(path: _Directory, step: _Step = None, as_json: _Json = False) -> None
 @app.command()
 def export(
     path: _Directory,
-    target: Annotated[Path, typer.Argument(help="A .npz or .safetensors file, or a folder.")],
+    target: Annotated[
+        Path,
+        typer.Argument(help="A .npz or .safetensors file, a .npy or .raw file of one array, or a folder."),
+    ],
     step: _Step = None,
     kind: Annotated[
         str | None, typer.Option("--as", help="npy, npz, safetensors or raw; by the target's name otherwise.")
@@ -107,75 +113,39 @@ def export(
     as_json: _Json = False,
 ) -> None:
     """Write the arrays of a point as .npy files, one .npz, one .safetensors, or raw bytes."""
-    from userfault.restoring import restore
+    from userfault.exporting import export as write
 
     try:
-        write = _writer(kind, target)
-        with restore(path, step, names=name, mode="r") as state:
-            files = write(state, target)
-            written: dict[str, Any] = {
-                "step": state.step,
-                "arrays": list(state),
-                "files": [str(file) for file in files],
-            }
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        written = write(path, target, step, kind=kind, names=name)
+    except (OSError, ValueError, KeyError) as error:
         raise _fail(error) from None
-    typer.echo(json.dumps(written) if as_json else "\n".join(written["files"]))
+    files = [str(file) for file in written.files]
+    if as_json:
+        typer.echo(json.dumps({"step": written.step, "arrays": written.arrays, "files": files}))
+    else:
+        typer.echo("\n".join(files))
 
 
-def _writer(kind: str | None, target: Path) -> Callable[[State, Path], list[Path]]:
-    kind = kind or {".npz": "npz", ".safetensors": "safetensors"}.get(target.suffix, "npy")
-    writers = {"npy": _npy, "npz": _npz, "safetensors": _safetensors, "raw": _raw}
-    if kind not in writers:
-        raise ValueError(f"--as is {kind!r}: it must be one of {', '.join(writers)}")
-    return writers[kind]
-
-
-def _file_name(name: str, suffix: str) -> str:
-    """A file name that stays in its folder, whatever an array is called."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
-    return f"{safe.lstrip('.') or '_'}{suffix}"
-
-
-def _npy(state: State, target: Path) -> list[Path]:
-    import numpy as np
-
-    target.mkdir(parents=True, exist_ok=True)
-    files = [target / _file_name(name, ".npy") for name in state]
-    for file, array in zip(files, state.values(), strict=True):
-        np.save(file, array)
-    return files
-
-
-def _raw(state: State, target: Path) -> list[Path]:
-    target.mkdir(parents=True, exist_ok=True)
-    files = [target / _file_name(name, ".raw") for name in state]
-    for file, array in zip(files, state.values(), strict=True):
-        array.tofile(file)
-    return files
-
-
-def _npz(state: State, target: Path) -> list[Path]:
-    import numpy as np
-
-    arrays: dict[str, Any] = dict(state)
-    with target.open("wb") as file:
-        np.savez(file, **arrays)
-    return [target]
-
-
-def _safetensors(state: State, target: Path) -> list[Path]:
-    from userfault.safetensors import write
-
-    write(target, dict(state))
-    return [target]
+def _two(points: list[tuple[int, float, int]], first: int | None, second: int | None) -> tuple[int, int]:
+    """The two points that are compared."""
+    steps = [step for step, _, _ in points]
+    if second is None:
+        if not steps:
+            raise ValueError("there is no point")
+        second = steps[-1]
+    if first is None:
+        earlier = [step for step in steps if step < second]
+        if not earlier:
+            raise ValueError(f"there is no point before step {second} to compare it with")
+        first = earlier[-1]
+    return first, second
 
 
 @app.command()
 def diff(
     path: _Directory,
-    first: Annotated[int, typer.Argument(help="A step.")],
-    second: Annotated[int, typer.Argument(help="A later step.")],
+    first: Annotated[int | None, typer.Argument(help="A step; the last but one by default.")] = None,
+    second: Annotated[int | None, typer.Argument(help="Another step; the last by default.")] = None,
     as_json: _Json = False,
 ) -> None:
     """Say how much of each array differs between two points.
@@ -187,6 +157,7 @@ def diff(
     from userfault.sizes import in_words
 
     try:
+        first, second = _two(_native.list_points(path), first, second)
         changes = compare(_native.OpenPoint(path, first), _native.OpenPoint(path, second))
     except (OSError, ValueError) as error:
         raise _fail(error) from None

@@ -419,6 +419,67 @@ def test_extra_memory_stays_within_staging_whatever_is_written(tmp_path: Path, p
         assert (state["a"] == 3).all()
 
 
+EXTRA = """
+import sys, threading, time
+import numpy as np
+import userfault
+
+MIB = 1 << 20
+pages, drain = sys.argv[2:]
+
+def memory():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+if pages == "foreign":
+    array = np.zeros(96 * MIB, np.uint8)
+else:
+    array = userfault.zeros(96 * MIB, np.uint8, track=True, pages=pages)
+array[:] = 1
+before, most, stop = memory(), 0, False
+
+
+def look():
+    global most
+    while not stop:
+        most = max(most, memory())
+        time.sleep(0.0005)
+
+watching = threading.Thread(target=look)
+watching.start()
+ck = userfault.Checkpointer(sys.argv[1], {"a": array}, staging="8MiB", drain=drain, durable=False)
+for step in range(3):
+    array[:] = step + 2
+    points = [ck.save()]
+    array[:] = 99
+    points.append(ck.save())
+    array[:] = 100
+    for point in points:
+        point.result(60)
+        assert point.extra_bytes <= 8 * MIB
+stop = True
+watching.join()
+# Beside staging: buffers of the threads that store, what malloc keeps of them, and the index.
+assert most - before < (8 + 24) * MIB, (most - before) / MIB
+ck.close()
+assert memory() - before < 24 * MIB, "a closed Checkpointer keeps nothing"
+
+ck = userfault.Checkpointer(sys.argv[1], {"a": array}, staging="64MiB", drain=drain, durable=False)
+array[: 64 * MIB] += 1
+ck.save().result(60)
+ck.close()
+assert memory() - before < 24 * MIB, "however much staging there was"
+"""
+
+
+@pytest.mark.parametrize("drain", ["auto", "off"])
+@pytest.mark.parametrize("pages", ["4KiB", "2MiB", "foreign"])
+def test_the_process_takes_no_more_memory_than_that(
+    run_child: RunChild, tmp_path: Path, pages: str, drain: str
+) -> None:
+    run_child(EXTRA, str(tmp_path / "points"), pages, drain, timeout=100)
+
+
 def test_what_a_first_pass_touched_is_fetched_first_the_next_time(tmp_path: Path) -> None:
     array = np.random.default_rng(1).integers(0, 255, 64 << 20, np.uint8)
     with userfault.Checkpointer(tmp_path, {"a": array}, durable=False, max_to_keep=1) as ck:

@@ -265,6 +265,8 @@ impl Shared {
             }
         }
         self.folder.unlock();
+        // Who has closed a checkpointer may hold it for long.
+        self.staging.cool();
     }
 
     /// Gives up saves that make no progress, until the checkpointer ends.

@@ -2,8 +2,9 @@
 
 A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "numpy:4KiB" (numpy.save), "copy:4KiB"
 (a bare copy of what was written: the floor of every point that copies at the cut),
-"userfault:PAGES[,off]" for tracked memory, with the drain or without, or "foreign:2MiB[,copy]" for memory
-that somebody else has made, tracked or copied.
+"userfault:PAGES[,off|on[,arm|point]]" for tracked memory, without the drain or with it, protected anew or
+saved every second where the workload has seconds, or "foreign:2MiB[,copy]" for memory that somebody else has
+made, tracked or copied.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +51,8 @@ class Subject:
         self.lib = _writer()
         self.length = length
         self.way, _, rest = memory.partition(":")
-        self.pages, _, drain = rest.partition(",")
+        self.pages, _, rest = rest.partition(",")
+        drain, _, self.each_second = rest.partition(",")
         self.folder = Path(tempfile.mkdtemp(prefix="userfault-bench-", dir=on_disk()))
         self.checkpointer: userfault.Checkpointer | None = None
         self.array: NDArray[Any]
@@ -212,17 +215,31 @@ def writer_p99(options: argparse.Namespace) -> Facts:
 
 
 def rewriting(options: argparse.Namespace) -> Facts:
-    """GB/s of a program that rewrites all its memory, a point every `--count` seconds; 0: never."""
+    """GB/s of a program that rewrites all its memory; what happens every second the memory's name says."""
     with subject(options) as memory:
-        if memory.checkpointer:
+        if memory.checkpointer and memory.each_second != "arm":
             memory.point()
+            # The kernel is not to write the point to the disk beside what is measured.
+            os.sync()
         base, length = ctypes.c_void_p(memory.address), ctypes.c_uint64(options.length)
         memory.lib.rewrite(base, length, ctypes.c_double(0.5))
         speeds = []
         for _ in range(5):
-            if memory.checkpointer and options.count:
+            began = time.perf_counter()
+            arming = None
+            if memory.checkpointer and memory.each_second == "point":
+                # The program itself asks for it, and stands still.
                 memory.checkpointer.save()
-            speeds.append(memory.lib.rewrite(base, length, ctypes.c_double(1.0)) / 1e9)
+            elif memory.checkpointer and memory.each_second == "arm":
+                # A thread in the background does it.
+                arming = threading.Thread(target=memory.checkpointer._rearm)
+                arming.start()
+            stood_still = time.perf_counter() - began
+            speed = memory.lib.rewrite(base, length, ctypes.c_double(1.0)) / 1e9
+            whole = time.perf_counter() - began
+            if arming:
+                arming.join()
+            speeds.append(speed * (whole - stood_still) / whole)
         return {"value": statistics.median(speeds)}
 
 

@@ -44,6 +44,27 @@ def test_each_checkpointer_has_a_dirty_map_of_its_own(tmp_path: Path, drain: Any
                 assert np.array_equal(state[name], array), (number, step, name)
 
 
+def test_protecting_anew_between_points_loses_nothing(tmp_path: Path) -> None:
+    array = userfault.zeros(1 << 20, np.uint8, track=True, pages="4KiB")
+    with userfault.Checkpointer(tmp_path, {"a": array}, drain="off", durable=False) as ck:
+        ck.save(0).result(60)
+        for step in range(1, 6):
+            array[step * 4096] = step
+            ck._rearm()
+            array[step * 8192 + 1] = step
+            ck._rearm()
+            point = ck.save(step)
+            expected = array.copy()
+            array[:] ^= 3
+            array[:] ^= 3
+            ck._rearm()
+            point.result(60)
+            with userfault.restore(tmp_path, lazy=False) as state:
+                assert np.array_equal(state["a"], expected), step
+    with pytest.raises(ValueError, match="closed"):
+        ck._rearm()
+
+
 def test_paged_arrays_are_flushed_and_evicted_beside_a_checkpointer(tmp_path: Path) -> None:
     paged = userfault.memmap(tmp_path / "paged", np.uint32, "w+", shape=(1 << 20,), memory_limit="1MiB")
     tracked = userfault.zeros(1 << 20, np.uint32, track=True, pages="4KiB")

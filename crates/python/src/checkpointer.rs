@@ -139,6 +139,12 @@ impl Checkpointer {
             .map_err(|error| errors::snapshot_error(py, &error))
     }
 
+    /// Has the kernel note the next write to every page, and nothing else: for measurements.
+    fn _rearm(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.inner.rearm())
+            .map_err(|error| errors::snapshot_error(py, &error))
+    }
+
     /// Takes no more saves. True once the threads have ended, False after timeout seconds.
     fn _close(&self, py: Python<'_>, timeout: f64) -> PyResult<bool> {
         self.inner.close();

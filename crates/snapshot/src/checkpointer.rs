@@ -18,7 +18,7 @@ use crate::manifest::{Manifest, PointSummary};
 use crate::point::Point;
 use crate::saver::{Command, Saver};
 use crate::shared::{Group, Shared, State};
-use crate::source::Source;
+use crate::source::{Source, Way};
 use crate::staging::Staging;
 
 /// One array to be saved.
@@ -222,6 +222,18 @@ impl Checkpointer {
             .queue
             .push_back(Command::Prune(keep));
         self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Has the kernel note the next write to every page that it tracks, as the drain and the end of a save do, and
+    /// nothing else: what that alone costs the program can be measured so.
+    pub fn rearm(&self) -> Result<(), Error> {
+        self.check()?;
+        for source in &self.shared.sources {
+            if let Way::Silent(ledger) = &source.way {
+                self.shared.harvest(ledger)?;
+            }
+        }
         Ok(())
     }
 

@@ -28,9 +28,6 @@ const DRAIN_UP_TO: f64 = 0.2;
 /// Bytes that the drain reads while a cut would have to wait for it.
 pub const DRAIN_STEP: usize = 512 << 10;
 
-/// Bytes that one question to the kernel is about, for the same reason.
-pub const HARVEST_STEP: usize = 32 << 20;
-
 /// What the drain remembers between its rounds.
 pub struct Drain {
     pub next: Instant,
@@ -96,7 +93,7 @@ impl Saver {
         }
         for source in &shared.sources {
             if let Way::Silent(ledger) = &source.way {
-                self.harvest(ledger)?;
+                shared.harvest(ledger)?;
             }
         }
         for data in 0..shared.sources.len() {

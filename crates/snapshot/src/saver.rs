@@ -8,11 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use userfault_engine::tracked::Ledger;
-
 use crate::codec::Compress;
 use crate::copier::{Batch, sum};
-use crate::drain::{DRAIN_STEP, Drain, HARVEST_STEP};
+use crate::drain::{DRAIN_STEP, Drain};
 use crate::entry::{Entry, Kind, PAGE, hash, is_zero};
 use crate::error::Error;
 use crate::folder::segment_name;
@@ -219,7 +217,7 @@ impl Saver {
         let shared = self.shared.clone();
         for source in &shared.sources {
             if let Way::Silent(ledger) = &source.way {
-                self.harvest(ledger)?;
+                self.shared.harvest(ledger)?;
             }
         }
         let taken = job.taken.lock().clone();
@@ -292,19 +290,6 @@ impl Saver {
             if !same {
                 shared.put_back(data, block..block + 1);
             }
-        }
-        Ok(())
-    }
-
-    /// Asks the kernel in steps, between which a cut may begin.
-    pub fn harvest(&self, ledger: &Ledger) -> Result<(), Error> {
-        let mut at = ledger.start();
-        let end = ledger.start() + ledger.len();
-        while at < end {
-            let step = HARVEST_STEP.min(end - at);
-            ledger.harvest(at, step)?;
-            at += step;
-            self.shared.make_way();
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use userfault_engine::lock::{Condvar, Mutex, MutexGuard};
-use userfault_engine::tracked::Tracked;
+use userfault_engine::tracked::{Ledger, Tracked};
 
 use crate::checkpointer::Options;
 use crate::error::Error;
@@ -23,6 +23,9 @@ use crate::manifest::PointSummary;
 use crate::saver::Command;
 use crate::source::{Source, Way};
 use crate::staging::Staging;
+
+/// Bytes that one question to the kernel is about, so that a cut need not wait for it for long.
+const HARVEST_STEP: usize = 32 << 20;
 
 /// Guarded memory and the arrays that lie in it.
 pub struct Group {
@@ -166,6 +169,19 @@ impl Shared {
             std::thread::sleep(Duration::from_micros(200));
             patience -= 1;
         }
+    }
+
+    /// Asks the kernel what was written, and has it note the next write, in steps between which a cut may begin.
+    pub fn harvest(&self, ledger: &Ledger) -> Result<(), Error> {
+        let mut at = ledger.start();
+        let end = ledger.start() + ledger.len();
+        while at < end {
+            let step = HARVEST_STEP.min(end - at);
+            ledger.harvest(at, step)?;
+            at += step;
+            self.make_way();
+        }
+        Ok(())
     }
 
     /// Something was done.

@@ -114,8 +114,9 @@ impl Checkpointer {
 
     /// The cut: protects what is guarded, asks what else was written, and copies that.
     /// `hand_over` sets the saver to work: at once if staging would not hold it all, or if it can help to copy;
-    /// else at the end, for two threads that work on memory slow each other down. Who helps takes small
-    /// pieces, so that the cut never waits for a thread that the machine does not run.
+    /// else at the end, for two threads that work on memory slow each other down, and a thread that has no
+    /// processor of its own takes that of the caller. Who helps takes small pieces, so that the cut never waits
+    /// long for a thread that the machine does not run.
     fn copy_aside(&self, job: &Arc<Job>, hand_over: &(dyn Fn() + Sync)) -> Result<(), Error> {
         let shared = &self.shared;
         let mut total = 0;
@@ -155,13 +156,14 @@ impl Checkpointer {
             .store((total + copied) as u64, Ordering::Relaxed);
         job.taken.lock().extend(copies.iter().cloned());
         let many = questions.len() >= MANY_QUESTIONS;
+        let spare = shared.processors.idle();
         let mut tasks = questions;
         for (data, blocks) in copies {
             let pieces = pieces(&shared.sources[data], data, vec![blocks]);
             tasks.extend(pieces.into_iter().map(Task::Copy));
         }
         job.shares.share_out(tasks, copied);
-        if many {
+        if many && spare {
             hand_over();
         }
         let mut lent = 0;
@@ -193,7 +195,7 @@ impl Checkpointer {
                 shared.copying.store(false, Ordering::Release);
                 job.shares.no_help();
             }
-            if bytes >= BY_TWO {
+            if over || (spare && bytes >= BY_TWO) {
                 hand_over();
             }
         };

@@ -18,6 +18,7 @@
 //! |---|---|
 //! | `checkpointer`, `following`, `point` | what a program calls; how its arrays are followed; what save() returns |
 //! | `cut`, `shares`, `copier`, `job` | the instant, its work for two threads, copying blocks aside, a save on its way |
+//! | `processors` | whether there is a processor for the second of them |
 //! | `saver`, `behind`, `drain`, `publish` | the thread behind the cuts: storing, its helper for guarded memory, copying ahead, finishing a point |
 //! | `shared` | what cuts, saver and watcher share |
 //! | `source` | an array's memory: which blocks have changed, and copying them |
@@ -53,6 +54,7 @@ mod index;
 mod job;
 mod manifest;
 mod point;
+mod processors;
 mod prune;
 mod publish;
 mod reader;

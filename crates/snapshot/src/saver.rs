@@ -52,6 +52,7 @@ impl Saver {
         manifest: Manifest,
         next_segment: u32,
     ) -> Saver {
+        let drain = Drain::new(&shared);
         Saver {
             shared,
             index,
@@ -60,7 +61,7 @@ impl Saver {
             next_segment,
             cut: 0,
             paid_until: Instant::now(),
-            drain: Drain::new(),
+            drain,
         }
     }
 

@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::folder::Folder;
 use crate::job::Job;
 use crate::manifest::PointSummary;
+use crate::processors::Processors;
 use crate::saver::Command;
 use crate::source::{Source, Way};
 use crate::staging::Staging;
@@ -78,6 +79,7 @@ pub struct Shared {
     pub folder: Folder,
     pub staging: Arc<Staging>,
     pub page: usize,
+    pub processors: Processors,
     pub state: Mutex<State>,
     pub changed: Condvar,
     /// Held by a cut, and by the drain from taking a page to having read it.
@@ -121,6 +123,7 @@ impl Shared {
             folder,
             staging,
             page,
+            processors: Processors::new(),
             state: Mutex::new(state),
             changed: Condvar::new(),
             cutting: Mutex::new(()),

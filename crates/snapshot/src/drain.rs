@@ -355,6 +355,6 @@ mod tests {
         drain.epoch = Instant::now() - EPOCH;
         drain.look();
         assert_eq!(drain.left, 0);
-        assert_eq!(drain.choose(0, &ledger, vec![3..5]), [3..5]);
+        assert_eq!(drain.choose(0, &ledger, vec![3..5, 7..8]), [3..5, 7..8]);
     }
 }

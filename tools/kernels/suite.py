@@ -214,13 +214,17 @@ def engine() -> Counts:
     counts = Counts()
     for binary in filter(None, os.environ.get(BINARIES, "").split(":")):
         command = [binary, "--test-threads=1"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        print(done.stdout, flush=True)
-        found = summed(done.stdout)
+        output = ""
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                print(line, end="", flush=True)
+                output += line
+        found = summed(output)
         counts.passed += found.passed
         counts.skipped += found.skipped
         # A program that ends without a summary has failed.
-        counts.failed += max(found.failed, int(done.returncode != 0))
+        counts.failed += max(found.failed, int(child.returncode != 0))
     if counts == Counts():
         print("the tests of the engine were not built", flush=True)
         counts.failed += 1

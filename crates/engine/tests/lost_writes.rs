@@ -70,11 +70,11 @@ fn hold_against(kind: Kind, rounds: usize, disturb: impl Fn(&Region, &mut Random
 }
 
 fn rounds(kind: Kind) -> usize {
-    match kind.block {
+    apart::rounds(match kind.block {
         SMALL => 8_000,
         HUGE => 800,
         _ => 3_000,
-    }
+    })
 }
 
 /// A whole block of the region, at random.

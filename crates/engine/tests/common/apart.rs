@@ -70,6 +70,11 @@ fn time_scale() -> f64 {
     std::env::var("USERFAULT_TIME_SCALE").map_or(1.0, |text| text.parse().unwrap())
 }
 
+/// Rounds of a race, of which a slow machine does fewer: it is in each of them for longer.
+pub fn rounds(most: usize) -> usize {
+    (most as f64 / time_scale().max(1.0)).ceil() as usize
+}
+
 /// A limit in seconds of a test's own, as long as this machine needs it to be.
 pub fn seconds(limit: u64) -> Duration {
     Duration::from_secs(limit).mul_f64(time_scale())

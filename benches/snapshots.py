@@ -199,10 +199,14 @@ def drained(options: argparse.Namespace) -> Facts:
         quiet = np.ones(min(count, room), bool)
         for first, last in marks:
             quiet[first:last] = False
+        times = {"": during, "_quiet": latencies[: len(quiet)][quiet]}
         return {
             "value": statistics.median(stalls),
-            "p99_us": float(np.percentile(during, 99)) / 1e3,
-            "p99_quiet_us": float(np.percentile(latencies[: len(quiet)][quiet], 99)) / 1e3,
+            **{
+                f"p{share}{when}_us": float(np.percentile(each, share)) / 1e3
+                for share in (50, 90, 99)
+                for when, each in times.items()
+            },
             "worst_us": float(during.max()) / 1e3,
             "extra_bytes": extra,
         }

@@ -385,6 +385,8 @@ class Checkpointer(_native.Checkpointer):
             return
         self._closed = True
         _open.discard(self)
+        # Nothing new is taken from here on, also if other threads go on asking.
+        self._close(0.0)
         try:
             self._wait(None)
         finally:

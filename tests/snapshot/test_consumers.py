@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import userfault
+from conftest import RunChild
 from userfault.verifying import verify
 
 
@@ -127,6 +128,42 @@ def test_several_threads_save_by_one_checkpointer(tmp_path: Path) -> None:
         with userfault.restore(tmp_path / "points", step, lazy=False) as state:
             assert np.array_equal(state["a"], expected), step
     assert not verify(tmp_path / "points").damage
+
+
+def test_closing_ends_although_other_threads_go_on_saving(run_child: RunChild, tmp_path: Path) -> None:
+    run_child(
+        """
+import sys, threading, time
+import numpy as np
+import userfault
+array = np.zeros(4 << 20, np.uint8)
+for turn in range(8):
+    ck = userfault.Checkpointer(sys.argv[1], {"a": array}, durable=False, max_to_keep=3)
+    ended = []
+    def save():
+        try:
+            while True:
+                array[turn] += 1
+                points.append(ck.save())
+                time.sleep(0.002)
+        except ValueError as error:
+            ended.append(str(error))
+    points = []
+    threads = [threading.Thread(target=save) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    ck.close()
+    for thread in threads:
+        thread.join()
+    assert ended == ["the checkpointer is closed"] * 3, ended
+    # Whoever got a point hears how it ended.
+    assert [point.exception(10) for point in points] == [None] * len(points)
+    assert ck.latest_step() == max(point.step for point in points)
+""",
+        str(tmp_path / "points"),
+        timeout=100,
+    )
 
 
 def test_two_checkpointers_do_not_share_a_directory(tmp_path: Path) -> None:

@@ -50,10 +50,17 @@ impl Checkpointer {
             if let Some(error) = state.failed.take() {
                 return Err(error);
             }
+            if state.closing {
+                // Since it was asked first: from here on the saver knows of this cut.
+                return Err(Error::Closed);
+            }
             if !shared.groups.is_empty() {
                 // A guard has one cut of a consumer at a time.
                 while !state.active.is_empty() {
                     shared.changed.wait(&mut state);
+                }
+                if state.closing {
+                    return Err(Error::Closed);
                 }
                 if let Some(error) = state.failed.take() {
                     return Err(error);

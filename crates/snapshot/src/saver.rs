@@ -76,10 +76,10 @@ impl Saver {
                         state.busy = true;
                         break Some(command);
                     }
-                    if state.closing {
+                    if state.closing && state.active.is_empty() {
                         break None;
                     }
-                    if shared.options.drain && !self.drain.resting {
+                    if shared.options.drain && !self.drain.resting && !state.closing {
                         let now = Instant::now();
                         if self.drain.next <= now {
                             drop(state);

@@ -72,10 +72,12 @@ def test_a_storm_of_signals_loses_nothing_and_interrupts_no_call(run_child: RunC
 
 
 INTERRUPT = """
-import os, subprocess, time
+import os, signal, subprocess, time
 import userfault
 from userfault.testing import FaultyStore, delay
 
+# A run in the background may have been started with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 store = FaultyStore(userfault.MemoryStore(100_000), [delay("read", 1.0, count=1)])
 region = userfault.open(store, block="4KiB")
 # Another process sends it: no thread of this one runs while the touch holds the interpreter lock.

@@ -319,6 +319,7 @@ impl Engine {
     /// Brings an absent block in. The block is in state Filling and belongs to `filling`.
     pub(crate) fn fill(&'static self, filling: Filling, lead: &mut Lead) {
         let body = filling.body.clone();
+        let most = most_of_one(body.block);
         let (may_fly, crowded) = {
             let mut table = body.lock();
             if table.closed {
@@ -332,7 +333,7 @@ impl Engine {
                 return;
             }
             table.filling += 1;
-            (table.flying < most_of_one(body.block), table.is_crowded())
+            (table.filling <= most, table.is_crowded(most))
         };
         let filling = if may_fly {
             let Err(filling) = self.depart(filling, lead) else {
@@ -345,7 +346,7 @@ impl Engine {
         if crowded {
             let mut table = body.lock();
             // Whoever ends next calls the next one: there must be somebody.
-            if table.is_crowded() {
+            if table.is_crowded(most) {
                 table.filling -= 1;
                 table.fills_waiting.push_back(filling);
                 return;

@@ -20,7 +20,7 @@
 //! * A flight has its fill's deadline, and the clock watches it as it watches a thread's read. The buffer and the
 //!   store of a read that does not come back are kept until it does; it takes a place, never a thread.
 //! * A store that hangs leaves others their places, or the ordinary way when all are taken. One region's fills in
-//!   flight are not counted with those that threads wait for, but bounded by themselves.
+//!   flight are not counted with those that threads wait for, but all of them together are bounded.
 //! * Orders are given without the lead where anything may wait. Where nothing should, a leader who does not come
 //!   back from giving them is relieved by the clock: see [`Away`](crate::workers::Away).
 //!
@@ -46,10 +46,10 @@ use crate::workers::{FaultSource, Lead, Task};
 /// Reads in the air at once.
 const PLACES: usize = 128;
 
-/// Reads of one region in the air at once: others have places left, whatever its store does.
+/// Fills of one region at once, in the air or not: others have places left, whatever its store does.
 const MOST_OF_ONE: usize = 96;
 
-/// Their bytes, beyond as many as threads would read: each has a buffer, which counts against the limit.
+/// Their bytes, beyond as many fills as threads may wait for: each has a buffer, which counts against the limit.
 const BYTES_OF_ONE: usize = 8 << 20;
 
 /// Arrivals taken at once. The rest is left to others: what lands is put in place one after the other.
@@ -107,7 +107,7 @@ impl Flights {
     }
 }
 
-/// Reads of one region in the air at once, by the size of its blocks.
+/// Fills of one region at once, by the size of its blocks.
 pub(crate) fn most_of_one(block: usize) -> usize {
     (BYTES_OF_ONE / block).clamp(MOST_FILLS, MOST_OF_ONE)
 }

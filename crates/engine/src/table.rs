@@ -361,9 +361,9 @@ impl Table {
         !self.in_use() && self.hung.is_empty()
     }
 
-    /// True if threads wait for more fills than they should.
-    pub(crate) fn is_crowded(&self) -> bool {
-        self.filling - self.flying > MOST_FILLS
+    /// True if threads wait for more fills than they should, or more than `most` are under way in all.
+    pub(crate) fn is_crowded(&self, most: usize) -> bool {
+        self.filling > most || self.filling - self.flying > MOST_FILLS
     }
 
     /// True if a device may be writing to the block.

@@ -21,9 +21,9 @@ from userfault.testing.memory_cgroup import MemoryCgroup
 MIB = 1 << 20
 LIMIT = 32 * MIB
 
-BESIDE = 16 * MIB
-"""What a process may take beside its memory limit, as docs/explanation/limits.md states it: stacks and
-buffers of the engine's threads, block tables, and what the interpreter allocates meanwhile."""
+BESIDE = 8 * MIB
+"""What a process may take beside its memory limit, as docs/explanation/limits.md states it: stacks of the
+engine's threads, block tables, and what the interpreter allocates meanwhile."""
 
 HERE = Path(__file__).parent
 

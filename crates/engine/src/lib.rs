@@ -19,6 +19,7 @@
 //! | `errand` | calls of stores on behalf of somebody who does not wait for ever |
 //! | `abilities` | what the running kernel has, and what takes the place of what it lacks |
 //! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
+//! | `staging`, `buffer` | bytes between a store and memory that others may see, and what they lie in |
 //! | `readahead` | walks, and what to bring in for them |
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
 //! | `tracked` | memory whose writes are noted for checkpoints, and how |
@@ -48,6 +49,7 @@ mod backing;
 mod bar;
 pub mod block;
 mod body;
+mod buffer;
 mod clean;
 mod clock;
 #[cfg(not(feature = "defects"))]

@@ -13,20 +13,13 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::buffer::Buffer;
 use crate::engine::Engine;
 use crate::lock::Mutex;
-
-/// What direct I/O wants.
-const ALIGNMENT: usize = 4096;
 
 /// The part of the limit that may lie on the shelf, one in so many, and its bounds in bytes.
 const SHELF_SHARE: u64 = 16;
 const SHELF: (u64, u64) = (256 << 10, 16 << 20);
-
-struct Buffer {
-    bytes: Vec<u8>,
-    start: usize,
-}
 
 /// The buffers of an engine.
 #[derive(Default)]
@@ -49,7 +42,7 @@ impl Staging {
 
     fn take(&self, len: usize) -> Option<Buffer> {
         let mut shelf = self.shelf.lock();
-        let fits = |buffer: &Buffer| buffer.bytes.len() >= len + ALIGNMENT;
+        let fits = |buffer: &Buffer| buffer.len() >= len;
         let last = shelf.iter().rposition(fits)?;
         Some(shelf.remove(last))
     }
@@ -57,8 +50,8 @@ impl Staging {
     /// Puts a buffer on the shelf, if there is place for it.
     fn put(&self, buffer: Buffer, place: u64) -> Option<Buffer> {
         let mut shelf = self.shelf.lock();
-        let there: usize = shelf.iter().map(|buffer| buffer.bytes.len()).sum();
-        if (there + buffer.bytes.len()) as u64 > place {
+        let there: usize = shelf.iter().map(|buffer| buffer.len()).sum();
+        if (there + buffer.len()) as u64 > place {
             return Some(buffer);
         }
         shelf.push(buffer);
@@ -69,10 +62,10 @@ impl Staging {
     fn take_beyond(&self, place: u64) -> Vec<Buffer> {
         let mut shelf = self.shelf.lock();
         let mut beyond = Vec::new();
-        let mut there: u64 = shelf.iter().map(|buffer| buffer.bytes.len() as u64).sum();
+        let mut there: u64 = shelf.iter().map(|buffer| buffer.len() as u64).sum();
         while there > place {
             let oldest = shelf.remove(0);
-            there -= oldest.bytes.len() as u64;
+            there -= oldest.len() as u64;
             beyond.push(oldest);
         }
         beyond
@@ -85,7 +78,7 @@ fn place(engine: &Engine) -> u64 {
 }
 
 fn let_go(engine: &Engine, buffer: Buffer) {
-    let bytes = buffer.bytes.len() as u64;
+    let bytes = buffer.len() as u64;
     drop(buffer);
     engine.staging.bytes.fetch_sub(bytes, Ordering::Relaxed);
     engine.pool.discharge(bytes);
@@ -115,16 +108,11 @@ pub(crate) struct Lent<'a> {
 /// Lends `len` bytes, aligned to 4096.
 pub(crate) fn lend(engine: &Engine, len: usize) -> Lent<'_> {
     let buffer = engine.staging.take(len).unwrap_or_else(|| {
-        let bytes = vec![0; len + ALIGNMENT];
-        engine
-            .staging
-            .bytes
-            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        engine.pool.charge(bytes.len() as u64);
-        Buffer {
-            start: bytes.as_ptr().align_offset(ALIGNMENT),
-            bytes,
-        }
+        let buffer = Buffer::new(len);
+        let bytes = buffer.len() as u64;
+        engine.staging.bytes.fetch_add(bytes, Ordering::Relaxed);
+        engine.pool.charge(bytes);
+        buffer
     });
     Lent {
         engine,
@@ -143,14 +131,14 @@ impl Deref for Lent<'_> {
 
     fn deref(&self) -> &[u8] {
         let buffer = self.buffer.as_ref().expect("lent");
-        &buffer.bytes[buffer.start..buffer.start + self.len]
+        &buffer[..self.len]
     }
 }
 
 impl DerefMut for Lent<'_> {
     fn deref_mut(&mut self) -> &mut [u8] {
         let buffer = self.buffer.as_mut().expect("lent");
-        &mut buffer.bytes[buffer.start..buffer.start + self.len]
+        &mut buffer[..self.len]
     }
 }
 

@@ -1,4 +1,4 @@
-//! Answering a fault: what a missing or a minor fault means for a block, and how it is brought in.
+//! Bringing an absent block in, however often its store fails.
 //!
 //! A page must not be seen before it is whole. Small blocks are read into a buffer of the thread's own
 //! and put in place by UFFDIO_COPY, which is atomic for each page; such a block is never claimed before
@@ -10,31 +10,19 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::block::{Answer, Fault, Purpose, State, answer};
+use crate::block::{Purpose, State};
 use crate::body::Body;
-use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::flight::most_of_one;
 use crate::halfway::Halfway;
-use crate::kernel::Evidence;
 use crate::poison;
 use crate::policy::Queue;
-use crate::protect::first_write;
-use crate::readahead::{LONGEST_WINDOW, WINDOW_SHARE, Window};
 use crate::shortage::NO_ROOM_FOR;
 use crate::staging;
 use crate::stats::add;
 use crate::table::Table;
-use crate::trace::Kind;
 use crate::workers::{Lead, Task, Touch};
-
-/// Runs of blocks smaller than this are announced to the store before they are read, bytes: it fetches them at
-/// one go. Larger ones are worth a read of their own.
-const FETCHED_BELOW: usize = 128 << 10;
-
-/// Bytes that are pushed in one go.
-const PUSHED: u64 = 4 << 20;
 
 /// The least time that a call of a store is given, however late it begins.
 const LAST_TRY: Duration = Duration::from_millis(100);
@@ -91,8 +79,16 @@ impl Filling {
 }
 
 impl Filling {
+    /// A fill of what a walk may touch next.
+    pub(crate) fn ahead(body: Arc<Body>, block: u32) -> Filling {
+        Filling {
+            ahead: true,
+            ..Filling::new(body, block, 0, Instant::now())
+        }
+    }
+
     /// The fill that a touch asks for.
-    fn asked_by(touch: &Touch, body: Arc<Body>, block: u32) -> Filling {
+    pub(crate) fn asked_by(touch: &Touch, body: Arc<Body>, block: u32) -> Filling {
         Filling {
             written: written(touch, &body),
             ..Filling::new(body, block, touch.thread, touch.read)
@@ -101,221 +97,13 @@ impl Filling {
 }
 
 /// The page that a touch is going to write.
-fn written(touch: &Touch, body: &Body) -> Option<usize> {
+pub(crate) fn written(touch: &Touch, body: &Body) -> Option<usize> {
     touch
         .write
         .then(|| (touch.address - body.memory.main()) / body.memory.page())
 }
 
 impl Engine {
-    /// Does a task.
-    pub(crate) fn perform(&'static self, task: Task, lead: &mut Lead) {
-        match task {
-            Task::Touch(touch) => self.answer(&touch, lead),
-            Task::Fill(filling) => self.fill(filling, lead),
-            Task::Ahead(body, window) => self.bring_in_ahead(&body, window, lead),
-            Task::Push(body, from) => self.push(body, from, lead),
-            Task::Land(place, result) => self.land(place, result, lead),
-            Task::Halfway(left) => self.end_for_handler(&left, lead),
-        }
-    }
-
-    /// Answers one fault.
-    pub(crate) fn answer(&'static self, touch: &Touch, lead: &mut Lead) {
-        if touch.process != 0 {
-            return self.answer_served(touch, lead);
-        }
-        let Some(body) = self.at(touch.address) else {
-            if let Some(memory) = self.tracked.own(touch.address, 1)
-                && let Some(guard) = memory.guard()
-            {
-                return guard.first_write(touch.address, lead);
-            }
-            // The region has been closed since: whoever sleeps there finds PROT_NONE.
-            let page = touch.address & !(crate::memory::small_page() - 1);
-            let _ = self.uffd.wake(page, crate::memory::small_page());
-            return;
-        };
-        let offset = touch.address - body.memory.main();
-        let mut block = (offset / body.block) as u32;
-        if put_back(Defect::BlocksOfAddressZero) {
-            block = (touch.address / body.block - body.memory.main() / body.block) as u32;
-        }
-        let counters = &body.counters;
-        add(
-            match touch.fault {
-                Fault::Missing => &counters.faults_missing,
-                Fault::Minor => &counters.faults_minor,
-                Fault::WriteProtect => &counters.faults_write_protect,
-            },
-            1,
-        );
-        let mut table = body.lock();
-        if table.closed {
-            // Close wakes every sleeper at its end.
-            return;
-        }
-        // The page table is asked under the lock: a block that changes hands meanwhile would make the
-        // answer worthless. This happens only for stale messages and foreign unmapping.
-        let answer = answer(table.state(block), touch.fault, || {
-            self.present(touch.address)
-        });
-        match answer {
-            Answer::Wait => {
-                if table.wait(block) {
-                    self.clock.watch_sleepers(&body, block);
-                }
-                add(&counters.waits, 1);
-                let on_its_way = table.state(block) == State::Filling;
-                drop(table);
-                if on_its_way && !touch.noted && touch.fault != Fault::WriteProtect {
-                    self.look_ahead(&body, block, touch.thread);
-                }
-            }
-            Answer::Wake => {
-                drop(table);
-                self.wake(&body, block);
-            }
-            Answer::Fill => {
-                table.claim(block, Purpose::Fill);
-                drop(table);
-                self.trace(Kind::Missing, &body, block, touch.thread);
-                if !touch.noted {
-                    self.look_ahead(&body, block, touch.thread);
-                }
-                self.fill(Filling::asked_by(touch, body, block), lead);
-            }
-            Answer::Map => {
-                table.claim(block, Purpose::Map);
-                drop(table);
-                self.trace(Kind::Rested, &body, block, touch.thread);
-                self.map_resting(&body, block, touch);
-            }
-            Answer::MapDirty => {
-                table.claim(block, Purpose::Refill);
-                if self.evidence(&body) == Evidence::Kernel {
-                    table.mark_dirty(body.pages(block));
-                }
-                drop(table);
-                self.map_in_memory(&body, block);
-            }
-            Answer::Refill => {
-                table.claim(block, Purpose::Refill);
-                if body.memory.shared() {
-                    // The program gave the page back (MADV_REMOVE): it is zeros from here on. Or the message
-                    // is older than the fill, and the program unmapped the page since: so the whole block
-                    // is dirty, as its other pages may be mapped anew now, too.
-                    if body.writable() {
-                        table.mark_dirty(body.pages(block));
-                    }
-                    drop(table);
-                    self.map_in_memory(&body, block);
-                } else {
-                    drop(table);
-                    // The program threw a page away: the block is read again, as if it had been evicted.
-                    let len = body.block_len(block);
-                    let _ = body.memory.zap(body.start(block), len);
-                    self.give_back(&body, len as u64);
-                    self.fill(Filling::asked_by(touch, body, block), lead);
-                }
-            }
-            Answer::Poison => {
-                let _ = self.poison(&body, &mut table, block);
-                drop(table);
-                self.wake(&body, block);
-            }
-            Answer::Unprotect => {
-                let page = offset / body.memory.page();
-                let memory = self.protection(&body);
-                if !first_write(&memory, &mut table, page, body.pages(block)) {
-                    self.wake(&body, block);
-                }
-                drop(table);
-                self.trace(Kind::Write, &body, block, touch.thread);
-                body.counters
-                    .latency
-                    .record(touch.read.elapsed().as_nanos() as u64);
-            }
-        }
-    }
-
-    /// A resting block is touched again: map it, and remember that it is hot.
-    fn map_resting(&self, body: &Arc<Body>, block: u32, touch: &Touch) {
-        self.map_pages(body, block);
-        let mut table = body.lock();
-        let memo = self.pool_of(body).came_back(table.memo(block));
-        table.set_memo(block, memo);
-        let waited = self.mapped(body, &mut table, block, written(touch, body));
-        drop(table);
-        add(&body.counters.hits, 1);
-        self.seat(body, block, Queue::Mapped(memo.rank()));
-        self.pool_of(body)
-            .given(touch.thread, body.seat(block), self.now_ms());
-        if waited {
-            self.wake(body, block);
-        }
-        body.counters
-            .latency
-            .record(touch.read.elapsed().as_nanos() as u64);
-    }
-
-    /// Ends the ownership of a block that was just mapped; true if its sleepers are still to be woken. Where the
-    /// table holds the evidence nobody has been woken yet: whoever came to write is let through at once, since a
-    /// block that left between two messages of one write would come back for ever.
-    fn mapped(&self, body: &Body, table: &mut Table, block: u32, written: Option<usize>) -> bool {
-        // The mapping woke those who slept on the block then. Since then the program may have unmapped the
-        // page, and its next toucher may have been told to wait for us.
-        let waited = body.release(table, block, State::Resident);
-        if self.evidence(body) != Evidence::Table {
-            return waited;
-        }
-        if let Some(page) = written {
-            first_write(&self.protection(body), table, page, body.pages(block));
-        }
-        true
-    }
-
-    /// Maps a resting block that was claimed for Map, on behalf of nobody who sleeps on it.
-    pub(crate) fn bring_back(&self, body: &Arc<Body>, block: u32) {
-        let memo = {
-            let mut table = body.lock();
-            let memo = self.pool_of(body).came_back(table.memo(block));
-            table.set_memo(block, memo);
-            memo
-        };
-        self.map_in_memory(body, block);
-        add(&body.counters.hits, 1);
-        self.seat(body, block, Queue::Mapped(memo.rank()));
-    }
-
-    /// Maps what is missing of a resident block, whose pages are in memory.
-    fn map_in_memory(&self, body: &Arc<Body>, block: u32) {
-        self.map_pages(body, block);
-        let mut table = body.lock();
-        let _ = body.release(&mut table, block, State::Resident);
-        drop(table);
-        self.wake(body, block);
-    }
-
-    /// Maps the pages of an owned block that is in memory. Pages that the program gave back are zeros.
-    fn map_pages(&self, body: &Body, block: u32) {
-        if self.map_again(body, block).is_ok() {
-            return;
-        }
-        let (start, len) = (body.start(block), body.block_len(block));
-        let again = body
-            .memory
-            .claim(start, len)
-            .and_then(|()| self.map_again(body, block));
-        if let Err(error) = again {
-            // Only a machine out of memory comes here; the touch asks again.
-            crate::say::line(&format!(
-                "userfault: {}: mapping offset {start} again failed: {error}",
-                body.name
-            ));
-        }
-    }
-
     /// Brings an absent block in. The block is in state Filling and belongs to `filling`.
     pub(crate) fn fill(&'static self, filling: Filling, lead: &mut Lead) {
         let body = filling.body.clone();
@@ -629,94 +417,6 @@ impl Engine {
         self.wake(body, block);
     }
 
-    /// Asks for what the walk of `thread` will touch next, if its fault on `block` belongs to one.
-    pub(crate) fn look_ahead(&'static self, body: &Arc<Body>, block: u32, thread: u32) {
-        let limit = self.pool_of(body).figures().limit;
-        let window = body.walked(thread, block, longest_window(body, limit));
-        if let Some(window) = window {
-            self.submit_ahead(body, window);
-        }
-    }
-
-    /// Has a window brought in.
-    pub(crate) fn submit_ahead(&'static self, body: &Arc<Body>, window: Window) {
-        // A run of small blocks is fetched at one go, and then taken apart.
-        if window.count < 2 || (window.step.abs() == 1 && body.block < FETCHED_BELOW) {
-            self.workers.submit(self, Task::Ahead(body.clone(), window));
-            return;
-        }
-        // Two readers keep a store busy while the walker computes; more would only take its processor.
-        for half in 0..2 {
-            let part = Window {
-                first: window.first + half * window.step,
-                step: window.step * 2,
-                count: (window.count + 1 - half as u32) / 2,
-            };
-            self.workers.submit(self, Task::Ahead(body.clone(), part));
-        }
-    }
-
-    /// Brings in a window of what is absent from a block on, and goes on behind whatever else is to be done.
-    fn push(&'static self, body: Arc<Body>, from: u32, lead: &mut Lead) {
-        let count = (PUSHED / body.block as u64).max(1) as u32;
-        let window = Window {
-            first: i64::from(from),
-            step: 1,
-            count,
-        };
-        self.bring_in_ahead(&body, window, lead);
-        let next = from.saturating_add(count);
-        if next < body.all_blocks() && !body.lock().closed {
-            self.workers.submit(self, Task::Push(body, next));
-        }
-    }
-
-    fn bring_in_ahead(&'static self, body: &Arc<Body>, window: Window, lead: &mut Lead) {
-        let last = window.first + window.step * i64::from(window.count.max(1) - 1);
-        let blocks = window.first.min(last).max(0)
-            ..(window.first.max(last) + 1).min(i64::from(body.all_blocks()));
-        if window.step.abs() != 1 || body.block >= FETCHED_BELOW || blocks.is_empty() {
-            return self.bring_in_each(body, window, lead);
-        }
-        let offset = body.store_offset + body.start(blocks.start as u32) as u64;
-        let len = (blocks.end - blocks.start) as u64 * body.block as u64;
-        let fetched = body.store.0.will_read(offset, len);
-        self.bring_in_each(body, window, lead);
-        if fetched {
-            body.store.0.was_read(offset, len);
-        }
-    }
-
-    fn bring_in_each(&'static self, body: &Arc<Body>, window: Window, lead: &mut Lead) {
-        for index in 0..i64::from(window.count) {
-            let Ok(block) = u32::try_from(window.first + index * window.step) else {
-                return;
-            };
-            if block >= body.all_blocks() {
-                return;
-            }
-            let claimed = {
-                let mut table = body.lock();
-                table.state(block) == State::Absent && table.claim(block, Purpose::Fill)
-            };
-            if claimed {
-                self.trace(Kind::Ahead, body, block, 0);
-                let filling = Filling {
-                    ahead: true,
-                    ..Filling::new(body.clone(), block, 0, Instant::now())
-                };
-                self.fill(filling, lead);
-            }
-        }
-    }
-
-    /// Asks for a block on behalf of nobody who sleeps on it. The block must have been claimed for Fill.
-    pub(crate) fn submit_fill(&'static self, body: &Arc<Body>, block: u32) {
-        self.trace(Kind::Ahead, body, block, 0);
-        let filling = Filling::new(body.clone(), block, 0, Instant::now());
-        self.workers.submit(self, Task::Fill(filling));
-    }
-
     /// Waits until a block is in memory, bringing it in if need be, and claims it for `purpose`.
     pub(crate) fn claim_in_memory(
         &'static self,
@@ -744,11 +444,6 @@ impl Engine {
             }
         }
     }
-}
-
-/// The longest window that a limit of so many bytes allows, in blocks.
-pub(crate) fn longest_window(body: &Body, limit: u64) -> u32 {
-    ((limit / WINDOW_SHARE).min(LONGEST_WINDOW) / body.block as u64) as u32
 }
 
 /// The kernel refused memory that the limit allowed: wait for some. Anything else is for good.

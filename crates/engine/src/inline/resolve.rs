@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 
 use super::handover::Request;
 use super::{Inline, signal};
+use crate::ahead::longest_window;
 use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::engine::Engine;
-use crate::fill::longest_window;
 use crate::memory;
 use crate::pool::Taken;
 use crate::stats::add;

@@ -4,6 +4,7 @@
 //! protected again here, so that no processor is interrupted while the caller stands still: the pages that
 //! were copied stay writable and count as written until the saver has settled the point (see `saver`).
 
+use std::cell::LazyCell;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -163,14 +164,15 @@ impl Checkpointer {
             .store((total + copied) as u64, Ordering::Relaxed);
         job.taken.lock().extend(copies.iter().cloned());
         let many = questions.len() >= MANY_QUESTIONS;
-        let spare = shared.processors.idle();
+        // Asked only by a cut that has work for two: it is a file to be read.
+        let spare = LazyCell::new(|| shared.processors.idle());
         let mut tasks = questions;
         for (data, blocks) in copies {
             let pieces = pieces(&shared.sources[data], data, vec![blocks]);
             tasks.extend(pieces.into_iter().map(Task::Copy));
         }
         job.shares.share_out(tasks, copied);
-        if many && spare {
+        if many && *spare {
             hand_over();
         }
         let mut lent = 0;
@@ -202,7 +204,7 @@ impl Checkpointer {
                 shared.copying.store(false, Ordering::Release);
                 job.shares.no_help();
             }
-            if over || (spare && bytes >= BY_TWO) {
+            if over || (bytes >= BY_TWO && *spare) {
                 hand_over();
             }
         };

@@ -50,14 +50,7 @@ impl Engine {
             block = (touch.address / body.block - body.memory.main() / body.block) as u32;
         }
         let counters = &body.counters;
-        add(
-            match touch.fault {
-                Fault::Missing => &counters.faults_missing,
-                Fault::Minor => &counters.faults_minor,
-                Fault::WriteProtect => &counters.faults_write_protect,
-            },
-            1,
-        );
+        counters.faulted(touch.fault);
         let mut table = body.lock();
         if table.closed {
             // Close wakes every sleeper at its end.

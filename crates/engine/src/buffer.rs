@@ -20,8 +20,6 @@ pub(crate) struct Buffer {
 
 // SAFETY: the mapping belongs to this value alone, and no thread matters to it.
 unsafe impl Send for Buffer {}
-// SAFETY: as above; who shares it only reads.
-unsafe impl Sync for Buffer {}
 
 impl Buffer {
     /// At least `len` bytes. As with the allocator, a program that can have no memory at all ends here.

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::block::Fault;
+
 /// Buckets of the latency histogram: four to each doubling, from 256 ns up.
 const BUCKETS: usize = 128;
 
@@ -87,6 +89,20 @@ counters! {
     wait_ns,
     /// Blocks given up, and write-backs that failed.
     errors,
+}
+
+impl Counters {
+    /// Counts a fault that a message told of.
+    pub(crate) fn faulted(&self, fault: Fault) {
+        add(
+            match fault {
+                Fault::Missing => &self.faults_missing,
+                Fault::Minor => &self.faults_minor,
+                Fault::WriteProtect => &self.faults_write_protect,
+            },
+            1,
+        );
+    }
 }
 
 /// Adds to a counter.

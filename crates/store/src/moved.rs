@@ -9,6 +9,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::pages::masks;
+
 const BITS: usize = 64;
 
 /// The set of pages, by page number.
@@ -71,20 +73,6 @@ impl Moved {
         }
         (there, pages.end)
     }
-}
-
-/// A range of pages as words and their bits.
-fn masks(pages: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
-    let words = pages.start / BITS..pages.end.div_ceil(BITS).max(pages.start / BITS);
-    words.filter_map(move |index| {
-        let from = pages.start.max(index * BITS) - index * BITS;
-        let to = pages
-            .end
-            .min((index + 1) * BITS)
-            .saturating_sub(index * BITS);
-        let len = to.checked_sub(from).filter(|len| *len > 0)?;
-        Some((index, (u64::MAX >> (BITS - len)) << from))
-    })
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
-//! A set of pages, by page number: which differ from their home, which were moved to scratch.
+//! A set of pages, by page number: which differ from their home.
 
+use std::iter;
 use std::ops::Range;
 
 /// A set of pages, by page number.
@@ -88,23 +89,24 @@ impl PageSet {
     }
 
     fn for_masks(&mut self, range: Range<usize>, mut change: impl FnMut(&mut u64, u64) -> isize) {
-        let mut page = range.start;
-        while page < range.end {
-            let bit = page % 64;
-            let len = (64 - bit).min(range.end - page);
-            let mask = if len == 64 {
-                u64::MAX
-            } else {
-                ((1u64 << len) - 1) << bit
-            };
-            let change = change(&mut self.words[page / 64], mask);
+        for (word, mask) in masks(range) {
+            let change = change(&mut self.words[word], mask);
             self.count = self
                 .count
                 .checked_add_signed(change)
                 .expect("count of pages");
-            page += len;
         }
     }
+}
+
+/// A range of pages as words of 64 bits, and the bits of each.
+pub(crate) fn masks(mut pages: Range<usize>) -> impl Iterator<Item = (usize, u64)> {
+    iter::from_fn(move || {
+        let (word, bit) = (pages.start / 64, pages.start % 64);
+        let len = (64 - bit).min(pages.len());
+        pages.start += len;
+        (len > 0).then(|| (word, (u64::MAX >> (64 - len)) << bit))
+    })
 }
 
 #[cfg(test)]

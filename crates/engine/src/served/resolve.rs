@@ -457,14 +457,7 @@ fn look_up(process: &Process, members: &Members<'_>, touch: &Touch) -> Next {
     let offset = segment.offset + (touch.address - segment.at);
     let block = (offset / body.block) as u32;
     let counters = &body.counters;
-    add(
-        match touch.fault {
-            Fault::Missing => &counters.faults_missing,
-            Fault::Minor => &counters.faults_minor,
-            Fault::WriteProtect => &counters.faults_write_protect,
-        },
-        1,
-    );
+    counters.faulted(touch.fault);
     if touch.fault == Fault::WriteProtect {
         return Next::Put(first_write(
             process,

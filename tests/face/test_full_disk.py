@@ -11,23 +11,27 @@ import pytest
 
 from conftest import RunChild
 
-PROGRAM = """
+MOUNTS_OF_ITS_OWN = """
 import ctypes, errno, os, subprocess, sys, threading, time
 import numpy as np
 import userfault
 
-kind, mount, image = sys.argv[1:]
 libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
     sys.exit(77)
+MIB = 1 << 20
+"""
+"""The beginning of a program that may mount, unseen by others. Status 77: it may not."""
+
+PROGRAM = """
+kind, mount, image = sys.argv[1:]
 if kind == "tmpfs":
     if libc.mount(b"tmpfs", mount.encode(), b"tmpfs", 0, b"size=12m"):
         sys.exit(77)
 elif subprocess.run(["mount", "-o", "loop", image, mount]).returncode:
     sys.exit(77)
 
-MIB = 1 << 20
 path, ballast = mount + "/file", mount + "/ballast"
 with open(ballast, "wb") as file:
     room = os.statvfs(mount)
@@ -89,25 +93,16 @@ def test_a_full_disk_loses_nothing_and_says_so_until_there_is_room(
             file.truncate(16 << 20)
         made = ["mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image)]
         subprocess.run(made, check=True, stdin=subprocess.DEVNULL)
-    done = run_child(PROGRAM, kind, str(mount), str(image), check=False, timeout=100)
+    done = run_child(MOUNTS_OF_ITS_OWN + PROGRAM, kind, str(mount), str(image), check=False, timeout=100)
     if done.status == 77:
         pytest.skip(f"needs the right to mount {kind}: {done.stderr.strip()}")
     assert done.stdout == "all there\n", done.stderr
 
 
 SCRATCH = """
-import ctypes, errno, os, sys, threading, time
-import numpy as np
-import userfault
-
 way, mount, folder = sys.argv[1:]
-libc = ctypes.CDLL(None, use_errno=True)
-CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
-if libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
-    sys.exit(77)
 if libc.mount(b"tmpfs", mount.encode(), b"tmpfs", 0, b"size=8m"):
     sys.exit(77)
-MIB = 1 << 20
 ballast = mount + "/ballast"
 with open(ballast, "wb") as file:
     file.write(bytes(7 * MIB))
@@ -159,7 +154,7 @@ def test_a_full_scratch_disk_is_told_at_once_and_what_was_written_is_all_there_w
         pytest.skip("needs the right to mount a file system")
     mount = tmp_path / "mount"
     mount.mkdir()
-    done = run_child(SCRATCH, way, str(mount), str(tmp_path), check=False, timeout=100)
+    done = run_child(MOUNTS_OF_ITS_OWN + SCRATCH, way, str(mount), str(tmp_path), check=False, timeout=100)
     if done.status == 77:
         pytest.skip(f"needs the right to mount tmpfs: {done.stderr.strip()}")
     assert done.stdout == "all there\n", done.stderr

@@ -74,7 +74,7 @@ impl Watch {
         let mut table = body.lock();
         if table.reads.get(&self.block) == Some(&self.ticket) {
             table.reads.remove(&self.block);
-            table.flying -= usize::from(self.in_flight);
+            table.fills.flying -= usize::from(self.in_flight);
             return true;
         }
         false
@@ -145,7 +145,7 @@ impl Clock {
         {
             let mut table = body.lock();
             table.reads.insert(block, ticket);
-            table.flying += usize::from(in_flight);
+            table.fills.flying += usize::from(in_flight);
         }
         *slot.lock() = Some(Watched {
             body: body.clone(),
@@ -282,7 +282,7 @@ fn give_up(engine: &'static Engine, watched: &Watched) {
         engine.note_hung(true);
         table.turn_into(block, State::Poisoning);
         // The thread is lost, its place is not. What was in flight took none.
-        table.flying -= usize::from(watched.in_flight);
+        table.fills.flying -= usize::from(watched.in_flight);
         engine.fill_ended(body, &mut table);
     }
     let waited = body.retry_for;

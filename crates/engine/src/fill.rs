@@ -10,6 +10,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::admission::Door;
 use crate::block::{Purpose, State};
 use crate::body::Body;
 use crate::engine::Engine;
@@ -48,6 +49,10 @@ pub(crate) struct Filling {
     refused: Option<io::Error>,
     /// Nobody has asked for it yet: it is left out when it does not come at once.
     ahead: bool,
+    /// It has waited and was let in: its place is counted already.
+    let_in: bool,
+    /// When this try was let in.
+    entered: Instant,
 }
 
 /// How a try ended.
@@ -74,6 +79,8 @@ impl Filling {
             no_room_since: None,
             refused: None,
             ahead: false,
+            let_in: false,
+            entered: began,
         }
     }
 }
@@ -105,13 +112,16 @@ pub(crate) fn written(touch: &Touch, body: &Body) -> Option<usize> {
 
 impl Engine {
     /// Brings an absent block in. The block is in state Filling and belongs to `filling`.
-    pub(crate) fn fill(&'static self, filling: Filling, lead: &mut Lead) {
+    pub(crate) fn fill(&'static self, mut filling: Filling, lead: &mut Lead) {
         let body = filling.body.clone();
-        let most = most_of_one(body.block);
-        let (may_fly, crowded) = {
+        let let_in = std::mem::take(&mut filling.let_in);
+        let (door, may_fly, crowded) = {
             let mut table = body.lock();
             if table.closed {
-                let rest = std::mem::take(&mut table.fills_waiting);
+                if let_in {
+                    table.fills.ended();
+                }
+                let rest = table.fills.dismiss();
                 for filling in rest.iter().chain([&filling]) {
                     let _ = body.release(&mut table, filling.block, State::Absent);
                     if filling.no_room_since.is_some() {
@@ -120,9 +130,14 @@ impl Engine {
                 }
                 return;
             }
-            table.filling += 1;
-            (table.filling <= most, table.is_crowded(most))
+            let door = self.door(&body, &table);
+            if !let_in {
+                table.fills.began();
+            }
+            let crowded = !let_in && table.fills.is_crowded(door);
+            (door, table.fills.may_fly(door), crowded)
         };
+        filling.entered = Instant::now();
         let filling = if may_fly {
             let Err(filling) = self.depart(filling, lead) else {
                 return;
@@ -132,11 +147,13 @@ impl Engine {
             filling
         };
         if crowded {
+            if filling.ahead && door.is_narrow() {
+                return self.end_try(filling, Tried::NoRoom, lead);
+            }
             let mut table = body.lock();
             // Whoever ends next calls the next one: there must be somebody.
-            if table.is_crowded(most) {
-                table.filling -= 1;
-                table.fills_waiting.push_back(filling);
+            if table.fills.is_crowded(door) {
+                table.fills.wait(filling);
                 return;
             }
         }
@@ -146,18 +163,40 @@ impl Engine {
 
     /// Lets the next fill of a region begin.
     pub(crate) fn fill_ended(&'static self, body: &Body, table: &mut Table) {
-        debug_assert!(body.id > 0 && table.filling > 0);
-        table.filling -= 1;
-        if let Some(next) = table.fills_waiting.pop_front() {
+        table.fills.ended();
+        if table.fills.queue() == 0 {
+            return;
+        }
+        let door = self.door(body, table);
+        while let Some(mut next) = table.fills.let_in(door) {
+            next.let_in = true;
             self.workers.submit(self, Task::Fill(next));
+        }
+    }
+
+    /// How many fills of a region are let in now.
+    fn door(&self, body: &Body, table: &Table) -> Door {
+        let wide = Door::wide(most_of_one(body.block));
+        let quiet = table.fills.is_quiet() && table.fills.queue() == 0;
+        let short = !quiet
+            && self
+                .pool_of(body)
+                .is_short(self.now_ms(), table.fills.queue());
+        if short {
+            table.fills.narrow(wide)
+        } else {
+            wide
         }
     }
 
     /// What follows from a try.
     pub(crate) fn end_try(&'static self, filling: Filling, tried: Tried, lead: &mut Lead) {
         let body = filling.body.clone();
+        let took = filling.entered.elapsed();
         if self.follow(filling, tried, lead) {
-            self.fill_ended(&body, &mut body.lock());
+            let mut table = body.lock();
+            table.fills.took(took);
+            self.fill_ended(&body, &mut table);
         }
     }
 

@@ -32,6 +32,7 @@ use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::OnceLock;
 
+use crate::admission::MOST_FILLS;
 use crate::aio::{self, Aio, Arrival, Order};
 use crate::clock::{Slot, Watch};
 use crate::engine::Engine;
@@ -40,7 +41,6 @@ use crate::lock::Mutex;
 use crate::memory::Kind;
 use crate::staging::{self, Lent};
 use crate::stats::add;
-use crate::table::MOST_FILLS;
 use crate::workers::{FaultSource, Lead, Task};
 
 /// Reads in the air at once.

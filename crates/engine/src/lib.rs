@@ -10,6 +10,7 @@
 //! | `block` | the states of a block and the answers to faults, as pure functions |
 //! | `table`, `dirty` | where every block of a region is, and which pages differ from their home |
 //! | `workers`, `answer`, `fill`, `halfway`, `ahead` | threads that read messages; what a fault means; bringing blocks in; those that nobody has asked for yet |
+//! | `admission` | how many blocks are brought in at once, and for whom next when memory is short |
 //! | `flight`, `aio` | reads that the kernel does while nobody waits for them |
 //! | `policy` | who leaves memory next: pure, and run by the simulator in `sim/` |
 //! | `pool`, `room`, `limit` | who is in memory, under which limit, and that everybody gets on |
@@ -44,6 +45,7 @@
 
 pub mod abilities;
 mod access;
+mod admission;
 mod ahead;
 mod aio;
 mod answer;

@@ -20,6 +20,9 @@ use crate::policy::{Memo, Policy, Queue, Seat};
 /// Blocks that one instruction may need at once: a copy whose both ends straddle two blocks.
 pub const BLOCKS_TO_RUN: usize = 4;
 
+/// Blocks that a thread should have to go on for a while: those that one instruction needs, and the next ones.
+const BLOCKS_TO_WALK: usize = 2 * BLOCKS_TO_RUN;
+
 /// How long a block just mapped is kept for its thread when memory is short, milliseconds. Long enough
 /// for a woken thread to get a processor on a busy machine.
 pub const GRACE_MS: u32 = 6;
@@ -108,7 +111,7 @@ impl PoolState {
             .policy
             .front(queue)
             .is_some_and(|entry| now.wrapping_sub(entry.at) < GRACE_MS);
-        if queue != Queue::Resting && young && self.short(now) {
+        if queue != Queue::Resting && young && self.short(now, 0, BLOCKS_TO_RUN) {
             return self.choose_by_turn(thread, now);
         }
         let seat = self.policy.take(queue).map(|entry| entry.seat);
@@ -119,14 +122,15 @@ impl PoolState {
         }
     }
 
-    /// True if the blocks in memory are too few for every thread that faults to have its four.
-    fn short(&mut self, now: u32) -> bool {
+    /// True if the blocks in memory are too few for every thread that faults to have so many. `more` threads
+    /// fault beside those that were given a block lately.
+    fn short(&mut self, now: u32, more: usize, each: usize) -> bool {
         let blocks = self.policy.mapped();
-        if blocks <= BLOCKS_TO_RUN * (self.threads.len() + 1) {
+        if blocks <= each * (self.threads.len() + more + 1) {
             self.threads
                 .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
         }
-        blocks <= BLOCKS_TO_RUN * (self.threads.len() + 1)
+        blocks <= each * (self.threads.len() + more + 1)
     }
 
     /// Memory is short: even the oldest block is young. Only the thread whose turn it is may take one,
@@ -261,6 +265,14 @@ impl Pool {
     pub fn over(&self) -> bool {
         let state = self.state.lock();
         state.used + state.charged > state.effective()
+    }
+
+    /// True if the pool is full, and its blocks are too few for every thread that faults to go on for a while.
+    /// `waiting` fault beside those that were given a block lately.
+    pub fn is_short(&self, now: u32, waiting: usize) -> bool {
+        let mut state = self.state.lock();
+        let (limit, used) = (state.effective(), state.used + state.charged);
+        used > limit - limit / 8 && state.short(now, waiting, BLOCKS_TO_WALK)
     }
 
     /// Who leaves next, for a fault of `thread`.

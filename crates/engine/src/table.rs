@@ -4,19 +4,16 @@
 //! whoever needs to do either claims the block first, lets go of the lock, and releases the block at the
 //! end. Untouched parts of the table cost no memory: every array starts as untouched zeros.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::admission::Admission;
 use crate::block::{self, Purpose, State};
 use crate::dirty::DirtyMap;
 use crate::error::Error;
 use crate::fill::Filling;
 use crate::policy::Memo;
-
-/// Fills of one region at once that threads wait for. The others wait, so that a store that is slow or hangs does
-/// not take every thread from the regions of other stores.
-pub(crate) const MOST_FILLS: usize = 32;
 
 /// Somebody faulted on the block while it was owned: wake it at the end.
 const WAITED: u8 = 1;
@@ -96,12 +93,8 @@ pub struct Table {
     given_up: HashSet<u32>,
     /// Blocks over which lies a mapping of nothing, where the kernel has no poison.
     pub(crate) barred: HashSet<u32>,
-    /// Fills under way.
-    pub(crate) filling: usize,
-    /// Those of them that the kernel reads: no thread waits for them.
-    pub(crate) flying: usize,
-    /// Fills that wait until fewer are under way.
-    pub(crate) fills_waiting: VecDeque<Filling>,
+    /// Fills under way, and those that wait until fewer are.
+    pub(crate) fills: Admission<Filling>,
     pub(crate) errors: Vec<BlockError>,
     /// With the debug option: hashes of blocks as they were mapped, for those that are not dirty.
     pub(crate) hashes: HashMap<u32, u64>,
@@ -149,9 +142,7 @@ impl Table {
             waiting_since: HashMap::new(),
             given_up: HashSet::new(),
             barred: HashSet::new(),
-            filling: 0,
-            flying: 0,
-            fills_waiting: VecDeque::new(),
+            fills: Admission::new(std::thread::available_parallelism().map_or(1, usize::from)),
             errors: Vec::new(),
             hashes: HashMap::new(),
             pages_per_block,
@@ -359,11 +350,6 @@ impl Table {
     /// True if nobody uses the memory, nor may a read that was given up still come back to it.
     pub(crate) fn quiet(&self) -> bool {
         !self.in_use() && self.hung.is_empty()
-    }
-
-    /// True if threads wait for more fills than they should, or more than `most` are under way in all.
-    pub(crate) fn is_crowded(&self, most: usize) -> bool {
-        self.filling > most || self.filling - self.flying > MOST_FILLS
     }
 
     /// True if a device may be writing to the block.

@@ -23,6 +23,7 @@ use crate::inline::Doors;
 use crate::memory::{HUGE, Kind, Memory};
 use crate::policy::Seat;
 use crate::pool::Pool;
+use crate::presumption::Presumption;
 use crate::readahead::{Advice, Walks, Window};
 use crate::shortage::Told;
 use crate::stats::Counters;
@@ -81,6 +82,7 @@ pub(crate) struct Body {
     changes: AtomicU32,
     pub(crate) counters: Counters,
     walks: Lock<Walking>,
+    pub(crate) presumption: Presumption,
     /// Where the touchers of a region with `fault="inline"` sleep; `None` if its faults are messages.
     pub(crate) doors: Option<Doors>,
 }
@@ -206,6 +208,7 @@ impl Body {
             changes: AtomicU32::new(0),
             counters: Counters::new(),
             walks: Lock::default(),
+            presumption: Presumption::default(),
             doors: plan.inline.then(Doors::default),
         }
     }

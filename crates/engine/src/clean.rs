@@ -82,6 +82,8 @@ fn clean_for(
 struct Held {
     block: u32,
     mapped: bool,
+    /// It was not cleaned before, since it was mapped.
+    first: bool,
 }
 
 /// Claims the next run of neighbouring blocks that may be dirty.
@@ -109,10 +111,12 @@ fn hold(
         };
         let wanted =
             wanted && !(put_back(Defect::PinnedIsNotWritten) && table.pins.contains_key(&block));
+        let first = !table.was_cleaned(block);
         if wanted && table.claim(block, Purpose::Clean) {
             held.push(Held {
                 block,
                 mapped: state == State::Resident,
+                first,
             });
         } else if !held.is_empty() && !put_back(Defect::FlushHoldsAndWaits) {
             // Whoever holds blocks waits for none.
@@ -155,6 +159,9 @@ fn write_back(
     {
         let pages = body.pages(run[0].block).start..body.pages(run[run.len() - 1].block).end;
         let harvest = engine.harvest_mapped(body, pages);
+        for held in run.iter().filter(|held| held.first) {
+            engine.learn_written(body, held.block, overlap(&harvest, &body.pages(held.block)));
+        }
         record(&mut body.lock(), &harvest);
     }
     let mut mapped = Vec::new();
@@ -235,6 +242,18 @@ fn write_back(
         engine.wake(body, block);
     }
     result
+}
+
+/// Pages of `harvest` that are among `pages`.
+fn overlap(harvest: &[Range<usize>], pages: &Range<usize>) -> usize {
+    harvest
+        .iter()
+        .map(|run| {
+            run.end
+                .min(pages.end)
+                .saturating_sub(run.start.max(pages.start))
+        })
+        .sum()
 }
 
 /// Writes back everything in `blocks` and makes it durable. An error that the background write-back met

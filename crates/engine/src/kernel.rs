@@ -5,7 +5,8 @@
 //!
 //! Every function says what it wakes: at the end of whatever happens to a block, its sleepers are woken.
 //!
-//! Memory that can be written is always mapped write-protected. Before Linux 6.4 UFFDIO_CONTINUE cannot do
+//! Memory that can be written is mapped write-protected, but for blocks that are presumed to be written (see
+//! `presumption`). Before Linux 6.4 UFFDIO_CONTINUE cannot do
 //! that: see [`Engine::continue_compared`].
 
 use std::io;
@@ -124,11 +125,11 @@ impl Engine {
         placed: &mut usize,
     ) -> io::Result<()> {
         if let Some(most) = crate::defects::copy_breaks_off_after(bytes.len()) {
-            self.copy(body, body.start(block), &bytes[..most], placed)?;
+            self.copy(body, block, &bytes[..most], placed)?;
             crate::defects::before_it_is_told();
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
-        self.copy(body, body.start(block), bytes, placed)
+        self.copy(body, block, bytes, placed)
     }
 
     /// Maps an absent block whose bytes are in memory, whole; wakes as [`Engine::copy`] does.
@@ -138,14 +139,19 @@ impl Engine {
             crate::defects::before_it_is_told();
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
+        if self.presumes_written(body, block) {
+            return self.continue_in_mode(body, body.start(block), body.block_len(block), 0);
+        }
         self.map_again(body, block)
     }
 
-    /// Puts `bytes` at an offset of absent pages; wakes, unless the table holds the evidence: then a thread that
+    /// Puts `bytes` into an absent block, or the beginning of one; wakes, unless the table holds the evidence: then a thread that
     /// came to write would only meet the protection, and the caller wakes when it has lifted it.
-    fn copy(&self, body: &Body, start: usize, bytes: &[u8], placed: &mut usize) -> io::Result<()> {
+    fn copy(&self, body: &Body, block: u32, bytes: &[u8], placed: &mut usize) -> io::Result<()> {
+        let start = body.start(block);
         let mode = match self.evidence(body) {
             Evidence::None => 0,
+            Evidence::Kernel if self.presumes_written(body, block) => 0,
             Evidence::Kernel => UFFDIO_COPY_MODE_WP,
             Evidence::Table => UFFDIO_COPY_MODE_WP | UFFDIO_COPY_MODE_DONTWAKE,
         };
@@ -277,7 +283,10 @@ impl Engine {
         len: usize,
         dont_wake: u64,
     ) -> io::Result<()> {
-        let mode = self.continue_mode(body) | dont_wake;
+        self.continue_in_mode(body, start, len, self.continue_mode(body) | dont_wake)
+    }
+
+    fn continue_in_mode(&self, body: &Body, start: usize, len: usize, mode: u64) -> io::Result<()> {
         let address = body.memory.main() + start;
         let mut from = 0;
         loop {
@@ -287,7 +296,7 @@ impl Engine {
             });
             match filled {
                 Filled::Whole { skipped } => {
-                    if skipped > 0 && dont_wake == CONTINUE_WAKES {
+                    if skipped > 0 && mode & UFFDIO_CONTINUE_MODE_DONTWAKE == 0 {
                         // EEXIST wakes nobody.
                         let _ = self.uffd_of(body).wake(address, len);
                     }
@@ -303,8 +312,9 @@ impl Engine {
     }
 
     /// As [`Engine::copy`] into a whole block, for a handler. `Err` has the bytes of it that may be mapped.
-    pub(crate) fn copy_bare(&self, body: &Body, start: usize, bytes: &[u8]) -> Result<(), usize> {
-        let mode = if body.writable() {
+    pub(crate) fn copy_bare(&self, body: &Body, block: u32, bytes: &[u8]) -> Result<(), usize> {
+        let start = body.start(block);
+        let mode = if body.writable() && !self.presumes_written(body, block) {
             UFFDIO_COPY_MODE_WP
         } else {
             0
@@ -335,18 +345,27 @@ impl Engine {
     }
 
     /// As [`Engine::map_claimed`], for a handler: true if every page is mapped now. If not, some may be.
-    pub(crate) fn map_claimed_bare(&self, body: &Body, start: usize, len: usize) -> bool {
+    pub(crate) fn map_claimed_bare(&self, body: &Body, block: u32) -> bool {
+        let (start, len) = (body.start(block), body.block_len(block));
+        let mode = if self.presumes_written(body, block) {
+            0
+        } else {
+            self.continue_mode(body)
+        };
         if let Some(most) = crate::defects::copy_breaks_off_after(len) {
-            self.continue_bare(body, start, most);
+            self.continue_bare_in_mode(body, start, most, mode);
             crate::defects::before_it_is_told();
             return false;
         }
-        self.continue_bare(body, start, len)
+        self.continue_bare_in_mode(body, start, len, mode)
     }
 
     /// As [`Engine::map_again`], for a handler: true if every page is mapped now. If not, some may be.
     pub(crate) fn continue_bare(&self, body: &Body, start: usize, len: usize) -> bool {
-        let mode = self.continue_mode(body);
+        self.continue_bare_in_mode(body, start, len, self.continue_mode(body))
+    }
+
+    fn continue_bare_in_mode(&self, body: &Body, start: usize, len: usize, mode: u64) -> bool {
         let (address, page) = (body.memory.main() + start, body.memory.page());
         let filled = fill::fill(len, page, Fill::Shared, |at, len| {
             // SAFETY: the caller owns the block, and every page of it is whole.

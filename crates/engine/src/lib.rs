@@ -16,6 +16,7 @@
 //! | `pool`, `room`, `limit` | who is in memory, under which limit, and that everybody gets on |
 //! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
 //! | `protect` | synchronous write-protection: the table knows what was written |
+//! | `presumption` | blocks that are mapped writable, since others like them were written whole |
 //! | `clock`, `poison`, `bar` | deadlines, blocks that could not be had, and how a touch of one ends |
 //! | `errand` | calls of stores on behalf of somebody who does not wait for ever |
 //! | `abilities` | what the running kernel has, and what takes the place of what it lacks |
@@ -83,6 +84,7 @@ mod poison;
 pub mod policy;
 pub mod pool;
 mod prefetch;
+mod presumption;
 mod protect;
 mod raw_read;
 pub mod readahead;

@@ -27,6 +27,9 @@ const IN_HANDLER: u8 = 4;
 /// A toucher has handed a fault on the block over, and it has not been answered yet.
 const ASKED: u8 = 8;
 
+/// It was cleaned while it was mapped: what leaves dirty later is not all that was written.
+const CLEANED: u8 = 16;
+
 /// A span has a page table.
 const TABLE: u16 = 1 << 15;
 
@@ -241,8 +244,11 @@ impl Table {
         };
         let flags = &mut self.flags[block as usize];
         *flags &= !ASKED;
-        if purpose == Purpose::Refill {
-            *flags |= REFILLING;
+        match purpose {
+            Purpose::Refill => *flags |= REFILLING,
+            Purpose::Fill | Purpose::Map => *flags &= !CLEANED,
+            Purpose::Clean if state == State::Resident => *flags |= CLEANED,
+            _ => {}
         }
         self.set(block, next);
         true
@@ -267,6 +273,11 @@ impl Table {
     /// True if an unowned block has been asked for and not been taken since.
     pub(crate) fn is_asked(&self, block: u32) -> bool {
         self.flags[block as usize] & ASKED != 0
+    }
+
+    /// True if the block has been cleaned since it was mapped.
+    pub(crate) fn was_cleaned(&self, block: u32) -> bool {
+        self.flags[block as usize] & CLEANED != 0
     }
 
     /// True while the owner puts back pages of a block that is resident before and after.

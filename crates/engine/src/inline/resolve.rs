@@ -290,6 +290,7 @@ impl Engine {
             self.mapped_in_handler(&mut table, body, block, thread, false);
             table.settle_spans()
         };
+        self.presume(body, block);
         // Only now: what is handed over is noted by whoever answers it.
         self.trace(Kind::Missing, body, block, thread);
         add(&body.counters.faults_missing, 1);
@@ -338,7 +339,7 @@ impl Engine {
             if !body.read_bare(start, buffer.bytes()) {
                 return Brought::Nothing;
             }
-            match self.copy_bare(body, start, buffer.bytes()) {
+            match self.copy_bare(body, block, buffer.bytes()) {
                 Ok(()) => return Brought::Whole,
                 Err(before) => placed = before,
             }
@@ -347,7 +348,7 @@ impl Engine {
             // them is mapped for the user.
             let bytes = unsafe { body.memory.owned(start, len) };
             if body.read_bare(start, bytes) {
-                if self.map_claimed_bare(body, start, len) {
+                if self.map_claimed_bare(body, block) {
                     return Brought::Whole;
                 }
                 placed = len;

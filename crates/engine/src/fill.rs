@@ -325,7 +325,7 @@ impl Engine {
                     self.wake(body, block);
                 }
                 self.settle_tables(body);
-                self.presume(body, block);
+                self.presume(body, block, || self.pool_of(body).figures().limit);
                 self.seat(body, block, Queue::Mapped(memo.rank()));
                 self.pool_of(body)
                     .given(filling.thread, body.seat(block), self.now_ms());

@@ -290,7 +290,7 @@ impl Engine {
             self.mapped_in_handler(&mut table, body, block, thread, false);
             table.settle_spans()
         };
-        self.presume(body, block);
+        self.presume(body, block, || limit);
         // Only now: what is handed over is noted by whoever answers it.
         self.trace(Kind::Missing, body, block, thread);
         add(&body.counters.faults_missing, 1);

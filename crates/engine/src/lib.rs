@@ -31,6 +31,7 @@
 //! | `inline`, `futex` | faults answered in the touching thread, and the locks for that |
 //! | `defects` | wrong rules that a build for tests can put back |
 //! | `fork`, `lock`, `signals` | what a child gets; locks that survive it; threads without signals |
+//! | `elsewhere` | whom a cut keeps off the processor of its caller |
 //!
 //! # Locks
 //! A region's table (`Body::lock`), then a pool's state. The registries, the queue of the workers, the
@@ -63,6 +64,7 @@ mod defects;
 pub mod defects;
 pub mod dirty;
 mod drain;
+pub mod elsewhere;
 mod engine;
 mod errand;
 mod error;

@@ -1,5 +1,7 @@
 //! The engine's own threads: no signals reach them, and a panic in one ends the process.
 //!
+//! Unsafe: asks for the number of a thread.
+//!
 //! A thread that answers faults owns blocks. Were it to unwind, whoever sleeps on them would sleep for ever,
 //! with no word why. Fail-stop: the panic's message is printed, then the process aborts.
 
@@ -24,4 +26,10 @@ pub(crate) fn start(name: &str, stack: usize, run: impl FnOnce() + Send + 'stati
             }
         })
         .is_ok()
+}
+
+/// The number of the calling thread in the kernel.
+pub(crate) fn id() -> libc::pid_t {
+    // SAFETY: takes nothing and always answers.
+    unsafe { libc::gettid() }
 }

@@ -12,7 +12,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::lock::{Condvar, Mutex};
@@ -170,6 +170,8 @@ pub(crate) struct Workers {
     state: Mutex<State>,
     work: Condvar,
     away: Away,
+    /// Who leads, or did last: its thread id, 0 before there was one.
+    leader: AtomicI32,
 }
 
 /// Since when the leader is with the kernel, giving reads to it, which should take no time. One that does not come
@@ -305,6 +307,15 @@ impl Workers {
             state: Mutex::default(),
             work: Condvar::default(),
             away: Away::default(),
+            leader: AtomicI32::new(0),
+        }
+    }
+
+    /// The thread that reads messages, or did last.
+    pub(crate) fn leader(&self) -> Option<libc::pid_t> {
+        match self.leader.load(Ordering::Relaxed) {
+            0 => None,
+            thread => Some(thread),
         }
     }
 
@@ -362,6 +373,7 @@ impl Workers {
     }
 
     fn run(&'static self, engine: &'static Engine) {
+        let thread = threads::id();
         let mut lead = Lead {
             workers: self,
             ..Lead::none(engine)
@@ -381,6 +393,7 @@ impl Workers {
                     } else if !state.leader {
                         state.leader = true;
                         lead.held = true;
+                        self.leader.store(thread, Ordering::Relaxed);
                         break;
                     } else {
                         state.idle += 1;

@@ -146,9 +146,13 @@ impl Checkpointer {
         let watcher = shared.clone();
         spawn("userfault-save", move || {
             stand_back();
+            saver.shared.saver.store(thread_id(), Ordering::Relaxed);
             saver.run();
         })?;
-        spawn("userfault-watch", move || watcher.watch())?;
+        spawn("userfault-watch", move || {
+            stand_back();
+            watcher.watch();
+        })?;
         Ok(Checkpointer {
             shared,
             generation: generation(),
@@ -293,6 +297,11 @@ fn identity() -> u64 {
 fn page_size() -> usize {
     // SAFETY: sysconf takes a number; a page size exists on every Linux.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
+}
+
+fn thread_id() -> i32 {
+    // SAFETY: takes nothing and always answers.
+    unsafe { libc::gettid() }
 }
 
 /// This thread does not interrupt another one when it is woken: a cut wakes the saver to help it, and on a busy

@@ -1,8 +1,9 @@
 //! The cut: the instant that a point stands for.
 //!
-//! What is guarded is protected, what else was written is asked for and copied into staging. Nothing is
-//! protected again here, so that no processor is interrupted while the caller stands still: the pages that
-//! were copied stay writable and count as written until the saver has settled the point (see `saver`).
+//! What was written of silently tracked memory is asked for and copied into staging. It is not protected again
+//! here, so that no processor is interrupted while the caller stands still: the pages that were copied stay
+//! writable and count as written until the saver has settled the point (see `saver`). What is guarded is
+//! protected last, since first writes to it are held until the cut is over.
 
 use std::cell::LazyCell;
 use std::collections::VecDeque;
@@ -11,7 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use userfault_engine::tracked::Ledger;
+use userfault_engine::elsewhere::Elsewhere;
+use userfault_engine::tracked::{Held, Ledger};
 
 use crate::checkpointer::Checkpointer;
 use crate::copier::{Batch, Buffer, Copier, Piece};
@@ -93,6 +95,8 @@ impl Checkpointer {
                 let mut state = shared.state.lock();
                 state.queue.push_back(Command::Save(job.clone()));
                 drop(state);
+                // Not on the caller's processor: there it would go first, for milliseconds.
+                let _elsewhere = Elsewhere::keep(shared.saver.load(Ordering::Relaxed));
                 shared.changed.notify_all();
             }
         };
@@ -107,40 +111,32 @@ impl Checkpointer {
             shared.copying.store(true, Ordering::Release);
             let copied = self.copy_aside(&job, &hand_over);
             shared.copying.store(false, Ordering::Release);
-            copied
+            copied.and_then(|()| self.protect(&job))
         };
-        if let Err(error) = result {
-            job.cancel(error);
-            shared.take_back(&job);
-            shared.end(&job, Err(job.reason()));
-        }
+        let held = match result {
+            Ok(held) => held,
+            Err(error) => {
+                job.cancel(error);
+                shared.take_back(&job);
+                shared.end(&job, Err(job.reason()));
+                Vec::new()
+            }
+        };
         job.end_of_cut();
+        // Before the saver is woken: the processor of a writer that was held is idle, and is to be the writer's.
+        drop(held);
         hand_over();
         job.point.stalled(began.elapsed());
         Ok(job.point.clone())
     }
 
-    /// The cut: protects what is guarded, asks what else was written, and copies that.
+    /// The silent part of the cut: asks what was written, and copies that.
     /// `hand_over` sets the saver to work: at once if staging would not hold it all, or if it can help to copy;
     /// else at the end, for two threads that work on memory slow each other down, and a thread that has no
     /// processor of its own takes that of the caller. Who helps takes small pieces, so that the cut never waits
     /// long for a thread that the machine does not run.
     fn copy_aside(&self, job: &Arc<Job>, hand_over: &(dyn Fn() + Sync)) -> Result<(), Error> {
         let shared = &self.shared;
-        let mut total = 0;
-        for (number, group) in shared.groups.iter().enumerate() {
-            let Some(guard) = group.memory.guard() else {
-                continue;
-            };
-            let aside = Arc::new(JobAside {
-                shared: shared.clone(),
-                job: job.clone(),
-                group: number,
-            });
-            let (cut, pending) = guard.cut(group.consumer, aside)?;
-            total += pending.iter().map(ExactSizeIterator::len).sum::<usize>() * guard.block();
-            job.guarded.lock().push((number, cut, pending));
-        }
         let (mut questions, mut copies) = (VecDeque::new(), Vec::new());
         for (data, source) in shared.sources.iter().enumerate() {
             match &source.way {
@@ -161,7 +157,7 @@ impl Checkpointer {
             .sum();
         job.point
             .total_bytes
-            .store((total + copied) as u64, Ordering::Relaxed);
+            .store(copied as u64, Ordering::Relaxed);
         job.taken.lock().extend(copies.iter().cloned());
         let many = questions.len() >= MANY_QUESTIONS;
         // Asked only by a cut that has work for two: it is a file to be read.
@@ -211,6 +207,31 @@ impl Checkpointer {
         let copied = job.do_shares(shared, &mut next, &mut look, false);
         let helped = job.shares.wait_for_help();
         copied.and(helped)
+    }
+
+    /// Protects what is guarded. First writes to it are held as long as the answer lives: it is the last part of
+    /// the cut, and short.
+    fn protect(&self, job: &Arc<Job>) -> Result<Vec<Held<'_>>, Error> {
+        let shared = &self.shared;
+        let mut held = Vec::new();
+        for (number, group) in shared.groups.iter().enumerate() {
+            let Some(guard) = group.memory.guard() else {
+                continue;
+            };
+            let aside = Arc::new(JobAside {
+                shared: shared.clone(),
+                job: job.clone(),
+                group: number,
+            });
+            let begun = guard.cut(group.consumer, aside)?;
+            held.push(begun.held);
+            let blocks: usize = begun.pending.iter().map(ExactSizeIterator::len).sum();
+            job.point
+                .total_bytes
+                .fetch_add((blocks * guard.block()) as u64, Ordering::Relaxed);
+            job.guarded.lock().push((number, begun.id, begun.pending));
+        }
+        Ok(held)
     }
 }
 

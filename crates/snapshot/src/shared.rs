@@ -9,7 +9,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use userfault_engine::lock::{Condvar, Mutex, MutexGuard};
@@ -80,6 +80,8 @@ pub struct Shared {
     pub staging: Arc<Staging>,
     pub page: usize,
     pub processors: Processors,
+    /// The saver's thread, by its number in the kernel.
+    pub saver: AtomicI32,
     pub state: Mutex<State>,
     pub changed: Condvar,
     /// Held by a cut, and by the drain from taking a page to having read it.
@@ -124,6 +126,7 @@ impl Shared {
             staging,
             page,
             processors: Processors::new(),
+            saver: AtomicI32::new(0),
             state: Mutex::new(state),
             changed: Condvar::new(),
             cutting: Mutex::new(()),
@@ -235,6 +238,8 @@ impl Shared {
     pub fn take_back(&self, job: &Job) {
         self.end_guarded(job);
         let _cutting = self.after_failure();
+        // A cut that was going on may have begun some since.
+        self.end_guarded(job);
         if !job.take_back() {
             return;
         }

@@ -14,6 +14,11 @@
 //! blocks of its consumer, protects everything in one call, and those blocks are *pending*: whoever comes
 //! first, the background or a write, copies them. Saved blocks stay protected, so that the next write is
 //! noticed. A block is *busy* while somebody copies it outside the lock.
+//!
+//! Whoever makes a cut stands still until it is over. A thread that writes meanwhile faults within microseconds, and
+//! the thread that answers it is often woken on the processor of the one that cuts, for the writer's own is still
+//! busy at that moment: it would copy 2 MiB there first, and the cut would last for milliseconds. So it is kept off
+//! that processor (`elsewhere`), and first writes are *held* until the cut is over.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -23,6 +28,7 @@ use crate::lock::{Condvar, Mutex};
 use userfault_uffd::abi::UFFDIO_WRITEPROTECT_MODE_WP;
 
 use crate::dirty::DirtyMap;
+use crate::elsewhere::Elsewhere;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::memory::HUGE;
@@ -65,6 +71,34 @@ struct State {
     waited: DirtyMap,
     consumers: Vec<Consumer>,
     cuts: Vec<Cut>,
+    /// Cuts whose callers are not done yet: first writes are answered after them.
+    held: usize,
+}
+
+/// First writes to a guard wait, unanswered, as long as this lives: for microseconds, while a cut comes to its end.
+/// Whoever has one does not write to guarded memory.
+pub struct Held<'a> {
+    guard: &'a Guard,
+    elsewhere: Option<Elsewhere>,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        // First, for a thread that goes on may start another, which may run where that one may.
+        self.elsewhere = None;
+        self.guard.state.lock().held -= 1;
+        self.guard.changed.notify_all();
+    }
+}
+
+/// A cut that has begun.
+pub struct Begun<'a> {
+    /// Its number.
+    pub id: u64,
+    /// The blocks that are pending.
+    pub pending: Vec<Range<usize>>,
+    /// To be dropped when whoever cuts goes on.
+    pub held: Held<'a>,
 }
 
 /// The guard of a range of huge pages.
@@ -95,6 +129,7 @@ impl Guard {
                 waited: DirtyMap::new(blocks),
                 consumers: Vec::new(),
                 cuts: Vec::new(),
+                held: 0,
             }),
             changed: Condvar::new(),
         }
@@ -144,20 +179,20 @@ impl Guard {
     }
 
     /// Begins a cut for a consumer: from its return on, the blocks that were dirty are pending, and none
-    /// of them changes before it is saved. Fails if the memory is gone. Returns the number of the
-    /// cut and the pending blocks. A consumer has one cut at a time.
-    pub fn cut(
-        &self,
-        consumer: u64,
-        aside: Arc<dyn Aside>,
-    ) -> Result<(u64, Vec<Range<usize>>), Error> {
+    /// of them changes before it is saved. Fails if the memory is gone. A consumer has one cut at a time.
+    pub fn cut(&self, consumer: u64, aside: Arc<dyn Aside>) -> Result<Begun<'_>, Error> {
         if !super::mapped(self.start, self.len) {
             return Err(Error::Invalid(format!(
                 "the {} bytes of tracked memory at {:#x} were unmapped by the program",
                 self.len, self.start
             )));
         }
+        let mut held = Held {
+            guard: self,
+            elsewhere: None,
+        };
         let mut state = self.state.lock();
+        state.held += 1;
         // A block that is being copied for another cut is about to be opened.
         while state.busy.count() > 0 {
             self.changed.wait(&mut state);
@@ -167,6 +202,9 @@ impl Guard {
         if let Some(consumer) = state.consumers.iter_mut().find(|each| each.id == consumer) {
             std::mem::swap(&mut pending, &mut consumer.dirty);
         }
+        held.elsewhere = Engine::existing()
+            .and_then(|engine| engine.guards.leader())
+            .and_then(Elsewhere::keep);
         self.protect(0, self.blocks(), true);
         state.protected.insert(0..self.blocks());
         let runs = pending.runs(0..self.blocks());
@@ -177,7 +215,12 @@ impl Guard {
             pending,
             aside,
         });
-        Ok((id, runs))
+        drop(state);
+        Ok(Begun {
+            id,
+            pending: runs,
+            held,
+        })
     }
 
     /// Saves the first pending block of a cut from `from` on: `save(offset, len, copy)` is called without a lock;
@@ -253,6 +296,10 @@ impl Guard {
     pub(crate) fn first_write(&self, address: usize, lead: &mut Lead) {
         let block = (address - self.start) / HUGE;
         let mut state = self.state.lock();
+        // The lead is kept: another thread would be woken in the way of the cut only to wait as well.
+        while state.held > 0 {
+            self.changed.wait(&mut state);
+        }
         if !state.protected.contains(block) {
             // Opened since the message was sent.
             self.wake(block);

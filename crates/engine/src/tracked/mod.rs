@@ -46,7 +46,7 @@ use userfault_uffd::abi::{
 use userfault_uffd::{KernelFaults, OpenOptions, Uffd};
 
 pub use foreign::read_foreign;
-pub use guard::{Aside, Guard, Saved};
+pub use guard::{Aside, Begun, Guard, Held, Saved};
 pub use ledger::Ledger;
 pub use mapping::{Untrackable, huge_share, mapped, trackable};
 pub use own::{Tracked, TrackedKind};

@@ -6,6 +6,7 @@ use crate::entry::{hash, is_zero};
 use crate::error::Error;
 use crate::source::Source;
 use crate::staging::Chunk;
+use crate::stream;
 
 /// Consecutive blocks of one array in a batch.
 pub struct Item {
@@ -67,7 +68,7 @@ pub struct Copier<'a> {
     ranges_at: usize,
     ranges_end: usize,
     ranges_of: usize,
-    /// Past the caches: it is much, and nobody reads it soon.
+    /// Past the caches: nobody reads it soon.
     past_caches: bool,
     hashing: bool,
 }
@@ -178,6 +179,7 @@ impl<'a> Copier<'a> {
         if let Some(buffer) = self.buffer.take()
             && !self.items.is_empty()
         {
+            stream::done();
             let items = std::mem::take(&mut self.items);
             let mut sums = Vec::new();
             if self.hashing {

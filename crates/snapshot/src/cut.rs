@@ -38,9 +38,6 @@ const MANY_QUESTIONS: usize = 8;
 /// Chunks on their way to a saver that sets the pace.
 const HOT_CHUNKS: usize = 4;
 
-/// A cut of so many bytes is copied past the caches, which would not hold it. Bytes.
-const PAST_CACHES: usize = 16 << 20;
-
 /// What one of the two takes at a time: the cut waits for the other at most as long as this takes. Bytes.
 const PIECE: usize = 256 << 10;
 
@@ -262,14 +259,11 @@ impl Job {
                 }
                 Some(Task::Copy((data, runs))) => {
                     let over = shared.over(bytes);
-                    copier.past_caches(bytes >= PAST_CACHES && !over);
                     // The cut waits for the saver then: who copies takes work from it.
+                    copier.past_caches(!over);
                     copier.hashing(over);
-                    for (at, run) in runs.iter().enumerate() {
-                        if let Some(next) = runs.get(at + 1) {
-                            shared.sources[data].prefetch(next.start);
-                        }
-                        match copier.copy(data, run.clone()) {
+                    for run in runs {
+                        match copier.copy(data, run) {
                             Ok(true) => {}
                             stopped => {
                                 // Given up by somebody who has said why, or failed: nobody needs the rest.

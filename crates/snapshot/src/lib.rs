@@ -22,7 +22,7 @@
 //! | `saver`, `behind`, `drain`, `publish` | the thread behind the cuts: storing, its helper for guarded memory, copying ahead, finishing a point |
 //! | `shared` | what cuts, saver and watcher share |
 //! | `source` | an array's memory: which blocks have changed, and copying them |
-//! | `staging` | memory for what was copied aside |
+//! | `staging`, `stream` | memory for what was copied aside; copying there past the caches |
 //! | `index` | where each block of the next point is |
 //! | `entry`, `codec`, `segment`, `manifest`, `folder` | the format on disk |
 //! | `reader` | a point as a store; reads check everything |
@@ -64,6 +64,7 @@ mod shared;
 mod shares;
 mod source;
 mod staging;
+mod stream;
 mod verify;
 
 pub use checkpointer::{Array, Checkpointer, Options};

@@ -237,9 +237,6 @@ impl Saver {
             while bytes < DRAIN_STEP
                 && let Some((data, blocks)) = parts.next()
             {
-                if let Some((data, next)) = parts.peek() {
-                    shared.sources[*data].prefetch(next.start);
-                }
                 bytes += shared.sources[data].len_of(blocks.clone());
                 self.settle_part(data, blocks, &mut buffer)?;
             }

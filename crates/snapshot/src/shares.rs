@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use userfault_engine::lock::{Condvar, Mutex};
+use userfault_engine::lock::{Condvar, Mutex, MutexGuard};
 
 use crate::copier::Piece;
 use crate::error::Error;
@@ -28,6 +28,8 @@ struct State {
     asking: usize,
     /// The saver is at work on a task.
     helping: bool,
+    /// Threads that sleep on `changed`: waking nobody is a system call, too.
+    sleeping: usize,
     /// The saver does not help any more.
     done: bool,
     error: Option<Error>,
@@ -68,7 +70,19 @@ impl Shares {
             if state.asking == 0 {
                 return None;
             }
-            self.changed.wait(&mut state);
+            self.sleep(&mut state);
+        }
+    }
+
+    fn sleep(&self, state: &mut MutexGuard<'_, State>) {
+        state.sleeping += 1;
+        self.changed.wait(state);
+        state.sleeping -= 1;
+    }
+
+    fn wake(&self, state: &State) {
+        if state.sleeping > 0 {
+            self.changed.notify_all();
         }
     }
 
@@ -79,7 +93,7 @@ impl Shares {
         state.asking -= 1;
         state.tasks.extend(pieces.into_iter().map(Task::Copy));
         if state.asking == 0 || !state.tasks.is_empty() {
-            self.changed.notify_all();
+            self.wake(&state);
         }
     }
 
@@ -88,7 +102,7 @@ impl Shares {
         let mut state = self.state.lock();
         state.tasks.clear();
         state.asking -= usize::from(asking);
-        self.changed.notify_all();
+        self.wake(&state);
     }
 
     /// The saver has other things to do than to help.
@@ -109,7 +123,7 @@ impl Shares {
         let mut state = self.state.lock();
         state.helping = false;
         state.error = result.err();
-        self.changed.notify_all();
+        self.wake(&state);
     }
 
     /// Waits until the saver has done with its task, and says how that went.
@@ -117,7 +131,7 @@ impl Shares {
         let mut state = self.state.lock();
         state.done = true;
         while state.helping {
-            self.changed.wait(&mut state);
+            self.sleep(&mut state);
         }
         state.error.take().map_or(Ok(()), Err)
     }

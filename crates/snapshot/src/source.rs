@@ -1,6 +1,6 @@
 //! An array's memory: where its blocks are, which of them have changed, and copying them.
 //!
-//! Unsafe: copies out of our own tracked memory while the program may write to it, and asks for it ahead.
+//! Unsafe: copies out of our own tracked memory while the program may write to it.
 //!
 //! Blocks are laid so that they begin where pages of memory begin: the *image* of an array is its bytes
 //! with a lead of zeros before them.
@@ -18,10 +18,7 @@ use std::sync::Arc;
 use userfault_engine::tracked::{Ledger, Tracked, mapped, read_foreign};
 
 use crate::error::Error;
-
-/// How far ahead of a copy past the caches its source is fetched, bytes.
-#[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 512;
+use crate::stream;
 
 /// How an array's changes are found and its blocks copied.
 pub enum Way {
@@ -131,49 +128,12 @@ impl Source {
         }
     }
 
-    /// As [`Source::copy_own`], past the caches: for much that is not read again soon, which would have to be
-    /// fetched into them before it is overwritten.
+    /// As [`Source::copy_own`], past the caches: see [`stream`].
     pub fn stream_own(&self, address: usize, into: &mut [u8]) {
-        #[cfg(target_arch = "x86_64")]
-        if (into.as_ptr() as usize).is_multiple_of(16) {
-            use std::arch::x86_64::{
-                __m128i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
-            };
-            let own = self.own.as_ref().expect("our own memory");
-            assert!(address >= own.start() && address + into.len() <= own.start() + own.len());
-            let whole = into.len() / 64 * 64;
-            let (from, to) = (address as *const u8, into.as_mut_ptr());
-            for at in (0..whole).step_by(64) {
-                // SAFETY: in bounds of memory that `own` keeps mapped, and of `into`, which is aligned; SSE2 is
-                // a part of x86-64. As in `copy_own` the program may write meanwhile. A prefetch may name anything.
-                unsafe {
-                    let (from, to) = (from.add(at).cast::<__m128i>(), to.add(at).cast::<__m128i>());
-                    _mm_prefetch::<_MM_HINT_T0>(from.cast::<i8>().wrapping_add(AHEAD));
-                    let line = [0, 1, 2, 3].map(|part| _mm_loadu_si128(from.add(part)));
-                    for (part, word) in line.into_iter().enumerate() {
-                        _mm_stream_si128(to.add(part), word);
-                    }
-                }
-            }
-            // SAFETY: orders stores, so that whoever is told of the copy sees it.
-            unsafe { _mm_sfence() };
-            self.copy_own(address + whole, &mut into[whole..]);
-            return;
-        }
-        self.copy_own(address, into);
-    }
-
-    /// Has the processor fetch the beginning of some blocks of our own memory, which are copied next.
-    pub fn prefetch(&self, block: usize) {
-        #[cfg(target_arch = "x86_64")]
-        if self.own.is_some() {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            let (address, _, _) = self.memory_of(block..block + 1);
-            for line in 0..8 {
-                // SAFETY: a prefetch reads nothing that anybody could notice, and may name any address.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>((address + line * 64) as *const i8) };
-            }
-        }
+        let own = self.own.as_ref().expect("our own memory");
+        assert!(address >= own.start() && address + into.len() <= own.start() + own.len());
+        // SAFETY: in bounds of memory that `own` keeps mapped, and that `into` is no part of.
+        unsafe { stream::copy(address as *const u8, into) }
     }
 
     /// Copies ranges of memory that somebody else owns, one behind the other.

@@ -1,6 +1,7 @@
 """Workloads of checkpoints: what a point costs the program, and how fast it is saved and read again.
 
-A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "numpy:4KiB" (numpy.save), "copy:4KiB"
+A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "still:4KiB" (of which no point is taken),
+"numpy:4KiB" (numpy.save), "copy:4KiB"
 (a bare copy of what was written: the floor of every point that copies at the cut),
 "userfault:PAGES[,off|on[,arm|point]]" for tracked memory, without the drain or with it, protected anew or
 saved every second where the workload has seconds, or "foreign:2MiB[,copy]" for memory that somebody else has
@@ -47,7 +48,9 @@ def _writer() -> ctypes.CDLL:
 class Subject:
     """Memory of a kind, and taking a point of it."""
 
-    def __init__(self, memory: str, length: int, staging: str = "256MiB", filled: int = 0) -> None:
+    def __init__(
+        self, memory: str, length: int, staging: str = "256MiB", filled: int = 0, followed: bool = True
+    ) -> None:
         self.lib = _writer()
         self.length = length
         self.way, _, rest = memory.partition(":")
@@ -62,14 +65,9 @@ class Subject:
             self.array = userfault.zeros(length, np.uint8, track=True, pages=pages)
             self.address = self.array.ctypes.data
             self.fill(filled or length)
-            self.checkpointer = userfault.Checkpointer(
-                self.folder,
-                {"array": self.array},
-                drain="off" if drain == "off" else "auto",
-                staging=staging,
-                durable=False,
-                max_to_keep=2,
-            )
+            self.drain, self.staging = drain, staging
+            if followed:
+                self.follow()
         else:
             huge = int(self.pages == "2MiB")
             self.address = self.lib.private_memory(ctypes.c_uint64(length), huge)
@@ -92,6 +90,18 @@ class Subject:
                     durable=False,
                     max_to_keep=1,
                 )
+
+    def follow(self) -> None:
+        """Begins to follow what is written to memory of ours, if it is such."""
+        if self.way == "userfault":
+            self.checkpointer = userfault.Checkpointer(
+                self.folder,
+                {"array": self.array},
+                drain="off" if self.drain == "off" else "auto",
+                staging=self.staging,
+                durable=False,
+                max_to_keep=2,
+            )
 
     def fill(self, length: int) -> None:
         """Words that are all different, in the middle of the memory."""
@@ -212,10 +222,69 @@ def drained(options: argparse.Namespace) -> Facts:
         }
 
 
+def excess(during: NDArray[Any], alone: NDArray[Any], share: float) -> float:
+    """The quantile of what a point adds to a write, of the times of writes during points and before any.
+
+    This machine's own noise is in both. A write is slower than t if the noise or the point makes it so; as
+    they do not know of each other, the share of writes that the point alone makes slower than t is
+    1 - (1 - during(t)) / (1 - alone(t)). The answer is the least t of which that is at most 1 - `share`.
+    """
+    times = np.unique(during)
+    within_during = np.searchsorted(np.sort(during), times, "right") / len(during)
+    within_alone = np.searchsorted(np.sort(alone), times, "right") / len(alone)
+    by_point = 1 - within_during / np.maximum(within_alone, 1 / len(alone))
+    return float(times[np.argmax(by_point <= 1 - share)])
+
+
 def writer_p99(options: argparse.Namespace) -> Facts:
-    """As `drained`, but the value is the writer's p99 while points are taken, in microseconds."""
-    facts = drained(options)
-    return {**facts, "stall_ms": facts["value"], "value": facts["p99_us"]}
+    """Microseconds: the p99 of what points make of a steady writer's writes, without this machine's noise.
+
+    The writer goes first for `--count` seconds over memory that nobody follows. Then points are taken, and
+    its writes in the second from each cut on count.
+    """
+    memory = Subject(options.memory, options.length, followed=False)
+    with contextlib.closing(memory):
+        room = 4_000_000
+        latencies = np.zeros(room, np.uint32)
+        writer = memory.lib.start_writer(
+            ctypes.c_void_p(memory.address),
+            ctypes.c_uint64(options.length),
+            ctypes.c_uint64(RATE),
+            latencies.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(room),
+        )
+        handle = ctypes.c_void_p(writer)
+        time.sleep(options.count)
+        alone = latencies[: memory.lib.written(handle)].copy()
+        memory.follow()
+        if memory.checkpointer:
+            # Everything is copied once; that is no point that a program takes again and again.
+            memory.point()
+        marks, stalls = [], []
+        for _ in range(4):
+            time.sleep(options.count / 2)
+            first = memory.lib.written(handle)
+            if memory.way != "still":
+                stalls.append(memory.point(linger=1.0)[0] * 1e3)
+            else:
+                time.sleep(1.0)
+            marks.append((first, first + RATE))
+        time.sleep(1.0)
+        memory.lib.stop_writer(handle)
+        during = np.concatenate([latencies[first:last] for first, last in marks])
+        return {
+            "value": excess(during, alone, 0.99) / 1e3,
+            **{
+                f"p{share}{when}_us": float(np.percentile(each, share)) / 1e3
+                for share in (50, 90, 99)
+                for when, each in (("", during), ("_alone", alone))
+            },
+            "p90_excess_us": excess(during, alone, 0.9) / 1e3,
+            "mean_us": float(during.mean()) / 1e3,
+            "mean_alone_us": float(alone.mean()) / 1e3,
+            "worst_us": float(during.max()) / 1e3,
+            "stall_ms": statistics.median(stalls) if stalls else 0.0,
+        }
 
 
 def rewriting(options: argparse.Namespace) -> Facts:

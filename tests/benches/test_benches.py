@@ -19,6 +19,7 @@ from benches.compare import Bar, Comparison, Contestant, Result, clean_environme
 from benches.files import fresh, is_sorted
 from benches.measurements import COMPARISONS
 from benches.native import library
+from benches.snapshots import excess
 from benches.workloads import sort_part, zipf_trace
 
 from benches import compare, report
@@ -217,3 +218,22 @@ def test_a_run_that_is_ended_takes_its_child_with_it(tmp_path: Path) -> None:
         parent.wait()
     assert not Path(f"/proc/{child[0]}").exists()
     assert list(tmp_path.glob("userfault-bench-*")) == []
+
+
+def test_what_a_point_makes_of_a_write_is_told_from_the_noise_of_the_machine() -> None:
+    random = np.random.default_rng(6)
+    count = 40_000
+
+    def noise() -> np.ndarray:
+        # One write in fourteen meets the host.
+        return np.where(random.random(count) < 0.07, 120_000 + random.integers(0, 50_000, count), 800)
+
+    alone, quiet = noise(), noise()
+    # Every write meets a fault of 3 us, one in fifty a longer one.
+    point = np.where(random.random(count) < 0.02, 40_000, 3_000)
+    during = np.maximum(quiet, point)
+    assert np.percentile(during, 99) > 120_000
+    assert excess(during, alone, 0.9) == 3_000
+    assert excess(during, alone, 0.99) == 40_000
+    # Without a point nothing is left but the writes themselves.
+    assert excess(quiet, alone, 0.9) <= 800

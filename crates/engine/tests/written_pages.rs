@@ -101,3 +101,98 @@ fn pages_that_were_written_and_pages_that_were_thrown_away_are_named_and_no_othe
         assert_eq!(ledger.take_written(0..PAGES).unwrap(), []);
     }
 }
+
+/// The pages of the two whole tables of the memory: it begins 20 pages into one.
+const WHOLE: Range<usize> = 492..1516;
+
+#[test]
+fn memory_that_is_rewritten_whole_again_and_again_is_named_each_time_and_clean_once_it_rests() {
+    let memory = Memory::new();
+    let ledger = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    let other = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    let harvest = || ledger.harvest(ledger.start(), ledger.len()).unwrap();
+    let taken = |ledger: &Ledger| each(ledger.take(0..PAGES));
+    taken(&ledger);
+    taken(&other);
+    let all: BTreeSet<usize> = (0..PAGES).collect();
+    for _ in 0..40 {
+        (0..PAGES).for_each(|page| memory.write(page));
+        harvest();
+        assert_eq!(taken(&ledger), all);
+        assert_eq!(taken(&other), all);
+    }
+    // Whatever is written from here on is named: also what is not protected any more.
+    for page in [0, 491, 492, 493, 700, 1003, 1004, 1005, 1515, PAGES - 1] {
+        memory.write(page);
+        let named = each(ledger.take_written(0..PAGES).unwrap());
+        assert!(named.contains(&page), "{page}");
+        // What was not written either is named, if at all, because it might have been.
+        assert!(
+            named.iter().all(|named| *named == page
+                || WHOLE.contains(named)
+                || *named == 0
+                || *named == 491)
+        );
+    }
+    // It rests: that is found out once, and then nothing is named but what is written.
+    for _ in 0..3 {
+        harvest();
+        taken(&ledger);
+        taken(&other);
+    }
+    assert_eq!(ledger.take_written(0..PAGES).unwrap(), []);
+    for page in [3, 492, 800, 1515] {
+        memory.write(page);
+        assert_eq!(
+            each(ledger.take_written(0..PAGES).unwrap()),
+            BTreeSet::from([page])
+        );
+        harvest();
+        assert_eq!(taken(&ledger), BTreeSet::from([page]));
+        assert_eq!(taken(&other), BTreeSet::from([page]));
+    }
+}
+
+#[test]
+fn a_table_that_was_rewritten_whole_and_is_thrown_away_is_named() {
+    let memory = Memory::new();
+    let ledger = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    for _ in 0..6 {
+        (0..PAGES).for_each(|page| memory.write(page));
+        ledger.harvest(ledger.start(), ledger.len()).unwrap();
+        ledger.take(0..PAGES);
+    }
+    memory.throw_away(WHOLE);
+    assert!(each(ledger.take_written(0..PAGES).unwrap()).is_superset(&WHOLE.collect()));
+    ledger.harvest(ledger.start(), ledger.len()).unwrap();
+    assert!(each(ledger.take(0..PAGES)).is_superset(&WHOLE.collect()));
+    ledger.harvest(ledger.start(), ledger.len()).unwrap();
+    ledger.take(0..PAGES);
+    assert_eq!(ledger.take_written(0..PAGES).unwrap(), []);
+}
+
+#[test]
+fn what_one_consumer_leaves_unprotected_the_other_hears_of_as_well() {
+    let memory = Memory::new();
+    let ledger = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    let other = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    let mut stamps = 0..;
+    for round in 0..60 {
+        // One of them harvests more often than the other; pages are written whole, or one by one.
+        if round % 7 == 6 {
+            let page = (stamps.next().unwrap() * 37) % PAGES;
+            memory.write(page);
+            assert!(each(ledger.take_written(0..PAGES).unwrap()).contains(&page));
+            assert!(each(other.take_written(0..PAGES).unwrap()).contains(&page));
+        } else {
+            (0..PAGES).for_each(|page| memory.write(page));
+        }
+        let who = if round % 3 == 0 { &other } else { &ledger };
+        who.harvest(who.start(), who.len()).unwrap();
+        if round % 7 != 6 {
+            let all: BTreeSet<usize> = (0..PAGES).collect();
+            assert_eq!(each(ledger.take(0..PAGES)), all);
+            assert_eq!(each(other.take(0..PAGES)), all);
+        }
+    }
+}

@@ -27,6 +27,15 @@ const REGIONS: usize = 1024;
 /// Memory that has one page table, bytes, or a part of it.
 const TABLE: usize = 2 << 20;
 
+/// A table whose pages were all written between one harvest and the next, so often in a row, is *steady*: it will
+/// be so again, and noting every first write again costs the program a microsecond a page. From there on only its
+/// first page is protected, for a *sentinel*. The others count as written to whoever asks, which is the truth, or is
+/// found out by comparing what is saved.
+const STEADY_FROM: u8 = 2;
+
+/// After so many harvests more a steady table is looked at again, all of it.
+const STEADY_FOR: u8 = 16;
+
 const NO_REGION: page_region = page_region {
     start: 0,
     end: 0,
@@ -39,9 +48,80 @@ pub(super) struct Pages {
     start: usize,
     len: usize,
     dirty: Mutex<DirtyMap>,
+    /// For each table that the range has a part of, by how many harvests in a row it was found written whole.
+    whole: Mutex<Vec<u8>>,
 }
 
 impl Pages {
+    fn new(start: usize, len: usize) -> Pages {
+        let pages = len / small_page();
+        let mut dirty = DirtyMap::new(pages);
+        dirty.insert(0..pages);
+        let tables = (start + len).div_ceil(TABLE) - start / TABLE;
+        Pages {
+            start,
+            len,
+            dirty: Mutex::new(dirty),
+            whole: Mutex::new(vec![0; tables]),
+        }
+    }
+
+    /// Asks what was written and protects it again, but for all but one page of steady tables: those count as
+    /// written if that one was.
+    fn harvest(&self, engine: &Engine, range: Range<usize>) -> std::io::Result<Vec<Range<usize>>> {
+        let mut whole = self.whole.lock();
+        let first = self.start / TABLE;
+        let steady = |whole: &[u8], at: usize| {
+            at.is_multiple_of(TABLE)
+                && at + TABLE <= range.end
+                && (STEADY_FROM..STEADY_FROM + STEADY_FOR).contains(&whole[at / TABLE - first])
+        };
+        let mut found = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            if steady(&whole, at) {
+                let table = at..at + TABLE;
+                at = table.end;
+                let times = &mut whole[table.start / TABLE - first];
+                let sentinel = table.start..table.start + small_page();
+                if scan(engine, sentinel, PM_SCAN_WP_MATCHING)?.is_empty() {
+                    *times = 0;
+                    found.extend(scan(engine, table, PM_SCAN_WP_MATCHING)?);
+                } else {
+                    *times += 1;
+                    found.push(table);
+                }
+                continue;
+            }
+            let mut end = next_table(at);
+            while end < range.end && !steady(&whole, end) {
+                end = next_table(end);
+            }
+            let asked = at..end.min(range.end);
+            at = asked.end;
+            let written = scan(engine, asked.clone(), PM_SCAN_WP_MATCHING)?;
+            let number = asked.start / TABLE;
+            let mut bytes = vec![0; asked.end.div_ceil(TABLE) - number];
+            for run in &written {
+                let mut from = run.start;
+                while from < run.end {
+                    let to = next_table(from).min(run.end);
+                    bytes[from / TABLE - number] += to - from;
+                    from = to;
+                }
+            }
+            for (times, bytes) in whole[number - first..].iter_mut().zip(bytes) {
+                *times = if bytes == TABLE {
+                    (*times).min(STEADY_FROM - 1) + 1
+                } else {
+                    0
+                };
+            }
+            found.extend(written);
+        }
+        Ok(found)
+    }
+
     fn note(&self, ranges: &[Range<usize>]) {
         let page = small_page();
         let mut dirty = self.dirty.lock();
@@ -78,13 +158,7 @@ impl Ledger {
             ));
         }
         debug_assert!(start.is_multiple_of(small_page()) && len.is_multiple_of(small_page()));
-        let mut map = DirtyMap::new(len / small_page());
-        map.insert(0..len / small_page());
-        let pages = Arc::new(Pages {
-            start,
-            len,
-            dirty: Mutex::new(map),
-        });
+        let pages = Arc::new(Pages::new(start, len));
         let mut ledgers = engine.tracked.ledgers.write();
         let outcome = engine.uffd.register(start, len, UFFDIO_REGISTER_MODE_WP);
         if !outcome.is_ok() {
@@ -124,7 +198,9 @@ impl Ledger {
     }
 
     /// Asks the kernel what was written in `len` bytes at `start` since the last harvest of anybody,
-    /// protects it again, and tells all consumers. Fails if the memory is not what it was.
+    /// protects it again, and tells all consumers. Fails if the memory is not what it was. What is rewritten whole
+    /// between any two harvests stays unprotected, and so counts as written at the next one and to
+    /// [`Ledger::take_written`], whether it was or not.
     pub fn harvest(&self, start: usize, len: usize) -> Result<(), Error> {
         let engine = self.engine(start, len)?;
         // The same range may be in the ledgers of several consumers: no other harvest comes between the
@@ -135,7 +211,7 @@ impl Ledger {
             .filter_map(std::sync::Weak::upgrade)
             .filter(|pages| pages.start < start + len && start < pages.start + pages.len)
             .collect();
-        let written = scan(engine, start..start + len, PM_SCAN_WP_MATCHING);
+        let written = self.pages.harvest(engine, start..start + len);
         // What the kernel protected before it failed may be lost: everything counts as written.
         let all = start..start + len;
         let all = std::slice::from_ref(&all);
@@ -265,6 +341,11 @@ impl Drop for Ledger {
     }
 }
 
+/// Where the memory of the next table begins.
+fn next_table(at: usize) -> usize {
+    (at / TABLE + 1) * TABLE
+}
+
 /// The address ranges that were written, and those that the program itself threw away.
 fn scan(engine: &Engine, range: Range<usize>, flags: u64) -> std::io::Result<Vec<Range<usize>>> {
     let mut regions = vec![NO_REGION; REGIONS.min(range.len() / small_page())];
@@ -297,7 +378,7 @@ fn scan(engine: &Engine, range: Range<usize>, flags: u64) -> std::io::Result<Vec
     let named = found.len();
     let mut at = range.start;
     while at < range.end {
-        let end = ((at / TABLE + 1) * TABLE).min(range.end);
+        let end = next_table(at).min(range.end);
         let first = at..at + small_page();
         // The call takes a third longer if it is given room for all.
         let one = &mut regions[..1];

@@ -135,8 +135,9 @@ def _rewriting() -> Comparison:
         name="snapshot-rewriting",
         title="A program that rewrites all its memory in a loop",
         text=(
-            "GB/s of memset over 256 MiB, again and again. Re-armed: every page is protected again, and its "
-            "next write noted. A point copies and stores all of it, by a second thread on the same machine."
+            "GB/s of memset over 256 MiB, again and again. Re-armed: what was written is protected again, "
+            "and its next write noted, but for most of what was written whole twice. A point copies and "
+            "stores all of it, by a second thread on the same machine."
         ),
         workload=("snapshot-rewriting", "--length", str(GIB // 4)),
         unit="GB/s",

@@ -227,13 +227,15 @@ def excess(during: NDArray[Any], alone: NDArray[Any], share: float) -> float:
 
     This machine's own noise is in both. A write is slower than t if the noise or the point makes it so; as
     they do not know of each other, the share of writes that the point alone makes slower than t is
-    1 - (1 - during(t)) / (1 - alone(t)). The answer is the least t of which that is at most 1 - `share`.
+    1 - (1 - during(t)) / (1 - alone(t)). The answer is the least t from which on that is at most
+    1 - `share`. If the noise is not the same before and during, the difference is taken for the point's.
     """
     times = np.unique(during)
     within_during = np.searchsorted(np.sort(during), times, "right") / len(during)
     within_alone = np.searchsorted(np.sort(alone), times, "right") / len(alone)
     by_point = 1 - within_during / np.maximum(within_alone, 1 / len(alone))
-    return float(times[np.argmax(by_point <= 1 - share)])
+    above = np.flatnonzero(by_point > 1 - share)
+    return float(times[min(above[-1] + 1, len(times) - 1)] if len(above) else times[0])
 
 
 def writer_p99(options: argparse.Namespace) -> Facts:

@@ -21,8 +21,8 @@ pub struct Elsewhere {
 }
 
 impl Elsewhere {
-    /// Keeps a thread (its number in the kernel) off the processor that the caller is on. `None` if it could run nowhere else, or if somebody
-    /// else keeps one off just now: it is advice.
+    /// Keeps a thread (its number in the kernel) off the processor that the caller is on. `None` if it could run
+    /// nowhere else, or if somebody else keeps one off just now: it is advice.
     pub fn keep(thread: libc::pid_t) -> Option<Elsewhere> {
         if thread <= 0 {
             // Not started yet. To the kernel 0 is the caller.

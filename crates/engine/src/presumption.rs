@@ -1,19 +1,21 @@
 //! Blocks that are presumed to be written, and so mapped writable at once.
 //!
-//! The first write to a page that is mapped write-protected is a fault, and it makes the kernel tell every processor that
-//! runs a thread of the program. A program that writes its blocks from end to end has one for each page. Measured by a
-//! sort of 1 GiB in tmpfs, old and new in turns: with nothing protected at all it takes 0.8 of the time on pages of 4 KiB
-//! and 0.92 on those of a huge tmpfs; by what is here 0.86 to 0.92, and 0.87 to 1.02. A page that is mapped writable counts as written, by the rule that what is not proved clean
-//! is dirty: so no write can be lost this way, only bytes written back that are the same as before.
+//! The first write to a page that is mapped write-protected is a fault, and it makes the kernel tell every
+//! processor that runs a thread of the program. A program that writes its blocks from end to end has one for each
+//! page. Measured by a sort of 1 GiB in tmpfs, old and new in turns: with nothing protected at all it takes 0.8 of
+//! the time on pages of 4 KiB and 0.92 on those of a huge tmpfs; by what is here 0.86 to 0.92, and 0.87 to 1.02. A
+//! page that is mapped writable counts as written, by the rule that what is not proved clean is dirty: so no write
+//! can be lost this way, only bytes written back that are the same as before.
 //!
-//! Of every eight blocks one is a *probe*: it is mapped protected always. When two probes in a row that left, or were
-//! cleaned, had been written whole (or nearly), the blocks that are not probes are presumed to be, until two were not. A probe that a flush cleans in the middle of its writing ends the presumption, too, for a while: to take
-//! it for written would have a program that changes little between flushes write back whole blocks for ever.
+//! Of every eight blocks one is a *probe*: it is mapped protected always. When two probes in a row that left, or
+//! were cleaned, had been written whole (or nearly), the blocks that are not probes are presumed to be, until two
+//! were not. A probe that a flush cleans in the middle of its writing ends the presumption, too, for a while: to
+//! take it for written would have a program that changes little between flushes write back whole blocks for ever.
 //! So that a program which has written and now reads does not have a whole memory of clean blocks written back, a
-//! probe is also looked at while it is there: after [`LOOK_AFTER`] other fills, and what read-ahead may bring in for
-//! [`WALKS`] walks before it is touched, it should have been written to. The price of a change from writing whole blocks
-//! to reading is as many blocks written in vain, and 16 up to the next probe, if they are read in order: 32 blocks, and
-//! a quarter of the limit, but 64 MiB at most.
+//! probe is also looked at while it is there: after [`LOOK_AFTER`] other fills, and what read-ahead may bring in
+//! for [`WALKS`] walks before it is touched, it should have been written to. The price of a change from writing
+//! whole blocks to reading is as many blocks written in vain, and 16 up to the next probe, if they are read in
+//! order: 32 blocks, and a quarter of the limit, but 64 MiB at most.
 //!
 //! Everything is atomic and may be called by a handler.
 

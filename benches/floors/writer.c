@@ -1,6 +1,9 @@
 // Who writes while a point is taken: single pages to make dirty, and a thread that writes at a steady rate.
 
 #define _GNU_SOURCE
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -58,9 +61,29 @@ struct part {
     uint64_t count;
 };
 
+#ifdef __x86_64__
+// Whole lines past the caches, which is the quickest way to copy pages that nobody reads soon.
+__attribute__((target("avx512f"))) static void copy_lines(char *into, const char *from) {
+    for (int at = 0; at < 4096; at += 64) _mm512_stream_si512((void *)(into + at), _mm512_loadu_si512(from + at));
+}
+#endif
+
+static void copy_page(char *into, const char *from) {
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f") && (uintptr_t)into % 64 == 0) {
+        copy_lines(into, from);
+        return;
+    }
+#endif
+    memcpy(into, from, 4096);
+}
+
 static void *copy_part(void *argument) {
     struct part *p = argument;
-    for (uint64_t i = 0; i < p->count; i++) memcpy(p->into + i * 4096, p->base + (uint64_t)p->pages[i] * 4096, 4096);
+    for (uint64_t i = 0; i < p->count; i++) copy_page(p->into + i * 4096, p->base + (uint64_t)p->pages[i] * 4096);
+#ifdef __x86_64__
+    _mm_sfence();
+#endif
     return 0;
 }
 

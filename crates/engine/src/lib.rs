@@ -8,7 +8,7 @@
 //! | file | concept |
 //! |---|---|
 //! | `block` | the states of a block and the answers to faults, as pure functions |
-//! | `table`, `dirty` | where every block of a region is, and which pages differ from their home |
+//! | `table`, `entries`, `dirty` | where every block of a region is, a word for each, and which pages differ from their home |
 //! | `workers`, `answer`, `fill`, `halfway`, `ahead` | threads that read messages; what a fault means; bringing blocks in; those that nobody has asked for yet |
 //! | `admission` | how many blocks are brought in at once, and for whom next when memory is short |
 //! | `flight`, `aio` | reads that the kernel does while nobody waits for them |
@@ -66,6 +66,7 @@ pub mod dirty;
 mod drain;
 pub mod elsewhere;
 mod engine;
+mod entries;
 mod errand;
 mod error;
 mod evict;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::admission::Admission;
 use crate::block::{self, Purpose, State};
 use crate::dirty::DirtyMap;
+use crate::entries::Entries;
 use crate::error::Error;
 use crate::fill::Filling;
 use crate::policy::Memo;
@@ -64,10 +65,7 @@ pub struct Pins {
 /// The state of every block of a region.
 #[derive(Debug)]
 pub struct Table {
-    state: Vec<u8>,
-    flags: Vec<u8>,
-    /// What the policy remembers of each block, as the number of a [`Memo`].
-    memos: Vec<u32>,
+    entries: Entries,
     /// Blocks of each span that are not absent, and [`TABLE`]: a span that has none needs no page table.
     spans: Vec<u16>,
     /// The kernel frees no page table before its mapping goes.
@@ -133,9 +131,7 @@ impl Table {
             unsettled_spans: 0,
             spans_used: 0,
             spans_forgotten: false,
-            state: vec![0; blocks],
-            flags: vec![0; blocks],
-            memos: vec![0; blocks],
+            entries: Entries::new(blocks),
             pins: HashMap::new(),
             home: DirtyMap::new(pages),
             unsynced: DirtyMap::new(pages),
@@ -166,11 +162,11 @@ impl Table {
     }
 
     pub(crate) fn blocks(&self) -> usize {
-        self.state.len()
+        self.entries.len()
     }
 
     pub(crate) fn state(&self, block: u32) -> State {
-        State::from_number(self.state[block as usize])
+        self.entries.state(block)
     }
 
     fn set(&mut self, block: u32, state: State) {
@@ -181,7 +177,7 @@ impl Table {
         self.resting += usize::from(state == State::Resting);
         self.owned -= usize::from(old.exclusive());
         self.owned += usize::from(state.exclusive());
-        self.state[block as usize] = state as u8;
+        self.entries.set_state(block, state);
         let was = old != State::Absent;
         let is = state != State::Absent;
         if was != is && !self.spans_forgotten {
@@ -242,12 +238,11 @@ impl Table {
         let Some(next) = block::claim(state, purpose) else {
             return false;
         };
-        let flags = &mut self.flags[block as usize];
-        *flags &= !ASKED;
+        self.entries.clear(block, ASKED);
         match purpose {
-            Purpose::Refill => *flags |= REFILLING,
-            Purpose::Fill | Purpose::Map => *flags &= !CLEANED,
-            Purpose::Clean if state == State::Resident => *flags |= CLEANED,
+            Purpose::Refill => self.entries.set(block, REFILLING),
+            Purpose::Fill | Purpose::Map => self.entries.clear(block, CLEANED),
+            Purpose::Clean if state == State::Resident => self.entries.set(block, CLEANED),
             _ => {}
         }
         self.set(block, next);
@@ -258,7 +253,7 @@ impl Table {
     pub(crate) fn claim_in_handler(&mut self, block: u32, purpose: Purpose) -> bool {
         let claimed = self.claim(block, purpose);
         if claimed {
-            self.flags[block as usize] |= IN_HANDLER;
+            self.entries.set(block, IN_HANDLER);
         }
         claimed
     }
@@ -266,32 +261,31 @@ impl Table {
     /// Notes that an unowned block has been asked for; the next owner ends that.
     pub(crate) fn ask(&mut self, block: u32) {
         if matches!(self.state(block), State::Absent | State::Resting) {
-            self.flags[block as usize] |= ASKED;
+            self.entries.set(block, ASKED);
         }
     }
 
     /// True if an unowned block has been asked for and not been taken since.
     pub(crate) fn is_asked(&self, block: u32) -> bool {
-        self.flags[block as usize] & ASKED != 0
+        self.entries.has(block, ASKED)
     }
 
     /// True if the block has been cleaned since it was mapped.
     pub(crate) fn was_cleaned(&self, block: u32) -> bool {
-        self.flags[block as usize] & CLEANED != 0
+        self.entries.has(block, CLEANED)
     }
 
     /// True while the owner puts back pages of a block that is resident before and after.
     pub(crate) fn refilling(&self, block: u32) -> bool {
-        self.flags[block as usize] & REFILLING != 0
+        self.entries.has(block, REFILLING)
     }
 
     /// Ends ownership; true if somebody waits and must be woken.
     pub(crate) fn release(&mut self, block: u32, state: State) -> bool {
         debug_assert!(self.state(block).exclusive());
         self.set(block, state);
-        let flags = &mut self.flags[block as usize];
-        let waited = *flags & WAITED != 0;
-        *flags &= !(WAITED | REFILLING | IN_HANDLER);
+        let waited = self.entries.has(block, WAITED);
+        self.entries.clear(block, WAITED | REFILLING | IN_HANDLER);
         if waited {
             self.waiting_since.remove(&block);
         }
@@ -317,11 +311,11 @@ impl Table {
     /// Notes that a toucher waits for the owner. True if the owner has no deadline, and the wait is to be
     /// watched: a fill has its own.
     pub(crate) fn wait(&mut self, block: u32) -> bool {
-        self.flags[block as usize] |= WAITED;
+        self.entries.set(block, WAITED);
         let no_deadline = matches!(
             self.state(block),
             State::Evicting | State::Cleaning | State::Writing
-        ) || self.flags[block as usize] & IN_HANDLER != 0;
+        ) || self.entries.has(block, IN_HANDLER);
         if !no_deadline || self.waiting_since.contains_key(&block) {
             return false;
         }
@@ -351,11 +345,11 @@ impl Table {
     }
 
     pub(crate) fn memo(&self, block: u32) -> Memo {
-        Memo::from_number(self.memos[block as usize])
+        self.entries.memo(block)
     }
 
     pub(crate) fn set_memo(&mut self, block: u32, memo: Memo) {
-        self.memos[block as usize] = memo.number();
+        self.entries.set_memo(block, memo);
     }
 
     /// True if nobody uses the memory, nor may a read that was given up still come back to it.

@@ -210,6 +210,12 @@ def _random_read(threads: int, write: bool) -> Comparison:
         Contestant("userfault, threads", "subject", (*_memory("userfault:4KiB"), *count)),
         Contestant("userfault, inline", "subject", (*_memory("userfault:4KiB,inline"), *count)),
     )
+    # What a handler that does nothing else gets out of the same disk.
+    floors = (
+        Contestant("C handler, io_uring", "floor", (*_memory("c-flight:ring"), *count)),
+        Contestant("two C handlers, native AIO", "floor", (*_memory("c-flight:pair"), *count)),
+    )
+    many = threads == 16
     return Comparison(
         name=f"random-read-{threads}-{mode}",
         title=f"Random 4 KiB reads of a cold 4 GiB file under 1 GiB, {threads} touching thread"
@@ -217,6 +223,7 @@ def _random_read(threads: int, write: bool) -> Comparison:
         text=(
             "Uniform, every byte of the page is read. mmap runs in a control group of 1 GiB. Its default "
             "reads ahead as far as the disk is set to, and is given fewer reads."
+            + (" The floors have no limit, no table and no deadlines." if threads == 16 else "")
         ),
         workload=(
             "random-read",
@@ -230,13 +237,15 @@ def _random_read(threads: int, write: bool) -> Comparison:
         contestants=(
             Contestant("mmap, MADV_RANDOM", "rival", (*_memory("mmap:random"), *count), cgroup=limit),
             Contestant("numpy.memmap", "rival", (*_memory("mmap"), *few), cgroup=limit),
+            *(floors if many else ()),
             *ours,
         ),
         bars=(
             Bar("userfault, threads", "mmap, MADV_RANDOM", 0.9, "goal"),
             Bar("userfault, inline", "mmap, MADV_RANDOM", 0.9, "goal"),
             Bar("userfault, threads", "numpy.memmap", 100, "goal"),
-            *((Bar("userfault, threads", "userfault, inline", 0.8, "goal"),) if threads == 16 else ()),
+            *((Bar("userfault, threads", "userfault, inline", 0.8, "goal"),) if many else ()),
+            *(Bar("userfault, threads", floor.name, 0.9, "goal") for floor in floors if many),
         ),
         rounds=3,
         file=partial(kept, on_disk(), length),

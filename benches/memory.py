@@ -85,6 +85,20 @@ def _c_signal(
 
 
 @contextlib.contextmanager
+def _c_flight(
+    variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
+) -> Iterator[Memory]:
+    """Variant "ring": one handler with an io_uring; "pair": two with native asynchronous reads. No limit."""
+    assert path
+    address = ctypes.c_void_p()
+    one = ctypes.c_int(variant == "ring")
+    floor = library("reads_in_flight")
+    name = ctypes.c_char_p(os.fsencode(path))
+    _check(floor.reads_in_flight_map(name, ctypes.c_size_t(length), one, ctypes.byref(address)))
+    yield Memory(address.value or 0, length)
+
+
+@contextlib.contextmanager
 def _memfd(
     variant: str, path: Path | None, length: int, write: bool, limit: int, block: int
 ) -> Iterator[Memory]:
@@ -232,6 +246,7 @@ def _umap(
 
 
 _KINDS = {
+    "c-flight": _c_flight,
     "c-handler": _c_handler,
     "c-signal": _c_signal,
     "loaded": _loaded,

@@ -44,10 +44,12 @@ use crate::stats::add;
 use crate::workers::{FaultSource, Lead, Task};
 
 /// Reads in the air at once.
-const PLACES: usize = 128;
+const PLACES: usize = 256;
 
-/// Fills of one region at once, in the air or not: others have places left, whatever its store does.
-const MOST_OF_ONE: usize = 96;
+/// Fills of one region at once, in the air or not: others have places left, whatever its store does. More than the
+/// threads that usually touch one: who has to wait here is read by a thread that waits for the disk. With 128 touching
+/// threads and a cold file 192 instead of 96 made 1.62 times as many random reads, with 0.6 of the processor time.
+const MOST_OF_ONE: usize = 192;
 
 /// Their bytes, beyond as many fills as threads may wait for: each has a buffer, which counts against the limit.
 const BYTES_OF_ONE: usize = 8 << 20;

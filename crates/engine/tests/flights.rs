@@ -157,16 +157,17 @@ fn many_threads_get_every_byte_of_a_cold_file_from_reads_in_flight() {
 
 #[test]
 fn more_threads_than_places_get_their_bytes() {
+    const READERS: usize = 320;
     apart!(100, {
         let len = 4 * BLOCKS * SMALL;
         let cold = Cold::new("crowd", len);
         let region = open(COPIED, &cold.store(), len, BLOCKS);
         thread::scope(|scope| {
-            for reader in 0..200 {
+            for reader in 0..READERS {
                 let region = &region;
                 scope.spawn(move || {
-                    for step in 0..4 * BLOCKS / 200 {
-                        let at = (step * 200 + reader) * SMALL + reader;
+                    for step in 0..4 * BLOCKS / READERS {
+                        let at = (step * READERS + reader) * SMALL + reader;
                         assert_eq!(touch::read(region, at), pattern(at));
                     }
                 });
@@ -273,14 +274,14 @@ mod hangs {
     fn more_late_reads_than_there_are_places_are_all_given_up_and_all_heal() {
         let name = "hangs::more_late_reads_than_there_are_places_are_all_given_up_and_all_heal";
         with(name, "USERFAULT_ARRIVAL_IS_LATE", "1500", || {
-            let len = 200 * SMALL;
+            let len = 320 * SMALL;
             let cold = Cold::new("many-late", len);
             let mut options = options(COPIED, Access::ReadOnly, len, None);
             options.retry_for = Duration::from_millis(300);
             let region = Region::open(cold.store(), options).unwrap();
             for _ in 0..2 {
                 thread::scope(|scope| {
-                    for block in 0..200 {
+                    for block in 0..320 {
                         let region = &region;
                         // Given up, or read in the ordinary way when no place was left.
                         scope.spawn(move || touched(region, block * SMALL));
@@ -289,7 +290,7 @@ mod hangs {
                 while region.heal(0, len as u64).is_err() {
                     thread::sleep(Duration::from_millis(50));
                 }
-                for block in 0..200 {
+                for block in 0..320 {
                     assert_eq!(touch::read(&region, block * SMALL), pattern(block * SMALL));
                 }
                 region.evict(0, len as u64).unwrap();

@@ -28,7 +28,7 @@ MAP_HUGETLB = 0x40000
 TOUCHED = 2 << 30
 """Bytes of ordinary memory that are touched before each sample; what is freed last is taken first."""
 SECONDS = 900
-"""A sample that takes longer is killed, and counts as unavailable."""
+"""A sample that takes longer is killed, unless its contestant says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Contestant:
     """Bytes of a memory control group that the sample runs in; 0 for none."""
     huge_pages: int = 0
     """Pages of 2 MiB that the machine's pool is given for the sample."""
+    patience: int = SECONDS
+    """A sample is killed after so many seconds. Where seconds are counted, it lost by that much at least."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def take(comparison: Comparison, contestant: Contestant) -> Sample:
             line = [sys.executable, *command(comparison, contestant), *further]
             if contestant.cgroup:
                 line = stack.enter_context(MemoryCgroup(contestant.cgroup)).joining(line)
-            sample = _child(line, environment)
+            sample = _child(line, environment, contestant.patience)
             if path and "unavailable" not in sample:
                 comparison.check(path)
             return sample
@@ -148,7 +150,7 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT)}
 
 
-def _child(line: list[str], environment: dict[str, str]) -> Sample:
+def _child(line: list[str], environment: dict[str, str], patience: int) -> Sample:
     child = subprocess.Popen(
         line,
         env=environment,
@@ -159,9 +161,9 @@ def _child(line: list[str], environment: dict[str, str]) -> Sample:
         cwd=ROOT,
     )
     try:
-        out, err = child.communicate(timeout=SECONDS)
+        out, err = child.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
-        return {"unavailable": f"not done after {SECONDS} s"}
+        return {"unavailable": f"not done after {patience} s", "stopped_after": patience}
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, 9)
@@ -183,6 +185,8 @@ class Result:
     facts: dict[str, float]
     """Medians of what else was measured."""
     unavailable: str = ""
+    stopped_after: float = 0.0
+    """Seconds after which it was killed; 0 if it was not."""
 
     @property
     def median(self) -> float:
@@ -210,4 +214,5 @@ def results(comparison: Comparison, samples: list[tuple[str, int, Sample]]) -> I
             {number: float(sample["value"]) for number, sample in good},
             facts,
             reasons[0] if reasons else "" if good else "not run",
+            max((float(sample.get("stopped_after", 0.0)) for _, sample in own), default=0.0),
         )

@@ -141,6 +141,9 @@ SORT_CGROUP = 288 * MIB
 SORT_BOUND = 352 * MIB
 """The limit, and 96 MiB for the interpreter and for what an engine keeps free."""
 
+SORT_PATIENCE = 150
+"""Seconds. With 128 threads mmap had not ended after 270."""
+
 
 def _sort(where: str, threads: int) -> Comparison:
     folder = on_disk() if where == "disk" else in_tmpfs()
@@ -159,8 +162,14 @@ def _sort(where: str, threads: int) -> Comparison:
     umap = Contestant("umap, 1 MiB", "rival", (*_memory("umap"), "--block", str(MIB)))
     if where == "disk":
         mmap = (
-            Contestant("mmap", "rival", _memory("mmap"), cgroup=SORT_CGROUP),
-            Contestant("mmap, MADV_RANDOM", "rival", _memory("mmap:random"), cgroup=SORT_CGROUP),
+            Contestant("mmap", "rival", _memory("mmap"), cgroup=SORT_CGROUP, patience=SORT_PATIENCE),
+            Contestant(
+                "mmap, MADV_RANDOM",
+                "rival",
+                _memory("mmap:random"),
+                cgroup=SORT_CGROUP,
+                patience=SORT_PATIENCE,
+            ),
             dataclasses.replace(umap, name="umap, 1 MiB, bounded", cgroup=SORT_BOUND),
         )
         ours = (*ours, dataclasses.replace(ours[0], name="userfault, hugetlb, bounded", cgroup=SORT_BOUND))

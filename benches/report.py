@@ -153,6 +153,10 @@ def _bars(comparisons: tuple[Comparison, ...], lines: Lines) -> str:
 
 def judge(comparison: Comparison, bar: Bar, found: dict[str, Result]) -> tuple[str, str]:
     """The ratio (or the figure itself) as text, and "held", "missed" or why there is none."""
+    below = _below(comparison, found[bar.subject], found[bar.against]) if bar.against else 0.0
+    # Beyond the bar that says nothing: the rival may have ended a second later.
+    if 0 < below <= bar.limit:
+        return f"below {_number(below)}", "held"
     for name in filter(None, (bar.subject, bar.against)):
         if not found[name].values:
             return "", f"not measured: {name}: {found[name].unavailable}"
@@ -160,6 +164,13 @@ def judge(comparison: Comparison, bar: Bar, found: dict[str, Result]) -> tuple[s
     got = ratio(subject, found[bar.against]) if bar.against else subject.median
     held = got <= bar.limit if comparison.better == "less" else got >= bar.limit
     return _number(got), "held" if held else "**missed**"
+
+
+def _below(comparison: Comparison, subject: Result, against: Result) -> float:
+    """What a ratio is below if the rival was stopped before it was done; 0 if that says nothing."""
+    if comparison.better != "less" or comparison.unit != "s" or not subject.values or against.values:
+        return 0.0
+    return subject.median / against.stopped_after if against.stopped_after else 0.0
 
 
 def _section(comparison: Comparison, found: list[Result]) -> str:

@@ -164,6 +164,26 @@ def test_a_figure_without_a_rival_is_held_to_a_limit_of_its_own(
     assert "| bar: at most 10 s | 11 | **missed** |" in page
 
 
+def test_a_rival_that_was_stopped_has_lost_by_the_time_it_was_given_and_by_no_more() -> None:
+    us = Contestant("us", "subject", ())
+    them = Contestant("them", "rival", ("--memory", "memfd:4KiB"), patience=0)
+    timed = dataclasses.replace(
+        by_name("resident-4KiB-read"), unit="s", better="less", contestants=(us, them)
+    )
+    sample = take(timed, them)
+    assert sample["unavailable"] == "not done after 0 s"
+    found = {
+        result.contestant.name: result
+        for result in compare.results(
+            timed, [("us", 0, {"value": 8.0}), ("them", 0, {**sample, "stopped_after": 100.0})]
+        )
+    }
+    assert report.judge(timed, Bar("us", "them", 0.3), found) == ("below 0.08", "held")
+    assert report.judge(timed, Bar("us", "them", 0.05), found)[1].startswith("not measured: them")
+    faster = dataclasses.replace(timed, unit="GB/s", better="more")
+    assert report.judge(faster, Bar("us", "them", 0.3), found)[1].startswith("not measured: them")
+
+
 def test_an_exploration_is_measured() -> None:
     comparison = by_name("model-history-found")
     sample = take(comparison, comparison.contestants[0])

@@ -47,6 +47,9 @@ const WALKS: u32 = 4;
 /// Blocks of fewer pages are not worth it.
 const FEWEST_PAGES: usize = 16;
 
+/// Longer blocks are too much to be written in vain, bytes.
+const LONGEST_BLOCK: usize = 2 << 20;
+
 /// What is presumed of a region's blocks.
 #[derive(Debug, Default)]
 pub(crate) struct Presumption {
@@ -136,7 +139,8 @@ impl Engine {
     /// were written since then.
     pub(crate) fn learn_written(&self, body: &Body, block: u32, written: usize) {
         let pages = body.pages(block).len();
-        if pages >= FEWEST_PAGES && self.evidence(body) == Evidence::Kernel {
+        let worth = pages >= FEWEST_PAGES && body.block <= LONGEST_BLOCK;
+        if worth && self.evidence(body) == Evidence::Kernel {
             body.presumption.saw(block, written, pages);
         }
     }

@@ -154,8 +154,8 @@ class Subject:
 
 @contextlib.contextmanager
 def subject(options: argparse.Namespace) -> Iterator[Subject]:
-    """Memory of the kind that the options name."""
-    made = Subject(options.memory, options.length)
+    """Memory of the kind that the options name; `--limit` bytes of staging, if it is not 0."""
+    made = Subject(options.memory, options.length, staging=str(options.limit or "256MiB"))
     try:
         yield made
     finally:

@@ -145,6 +145,18 @@ class Subject:
         os.waitpid(child.value, 0)
         return float(stall), {"stall_cpu_ms": cpu * 1e3}
 
+    def write_steadily(self) -> tuple[ctypes.c_void_p, NDArray[Any]]:
+        """Starts a thread of `RATE` random writes a second: its handle, and nanoseconds of each write."""
+        latencies = np.zeros(4_000_000, np.uint32)
+        writer = self.lib.start_writer(
+            ctypes.c_void_p(self.address),
+            ctypes.c_uint64(self.length),
+            ctypes.c_uint64(RATE),
+            latencies.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(len(latencies)),
+        )
+        return ctypes.c_void_p(writer), latencies
+
     def close(self) -> None:
         """Removes the files."""
         if self.checkpointer:
@@ -183,16 +195,7 @@ def drained(options: argparse.Namespace) -> Facts:
     """Milliseconds of stall with a steady writer, and a point every `--count` seconds; its p99 in us."""
     with subject(options) as memory:
         memory.point()
-        room = 4_000_000
-        latencies = np.zeros(room, np.uint32)
-        writer = memory.lib.start_writer(
-            ctypes.c_void_p(memory.address),
-            ctypes.c_uint64(options.length),
-            ctypes.c_uint64(RATE),
-            latencies.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_uint64(room),
-        )
-        handle = ctypes.c_void_p(writer)
+        handle, latencies = memory.write_steadily()
         stalls, marks = [], []
         extra = 0.0
         for _ in range(3):
@@ -206,7 +209,7 @@ def drained(options: argparse.Namespace) -> Facts:
             extra = max(extra, facts.get("extra_bytes", 0.0))
         count = memory.lib.stop_writer(handle)
         during = np.concatenate([latencies[first:last] for first, last in marks])
-        quiet = np.ones(min(count, room), bool)
+        quiet = np.ones(min(count, len(latencies)), bool)
         for first, last in marks:
             quiet[first:last] = False
         times = {"": during, "_quiet": latencies[: len(quiet)][quiet]}
@@ -246,16 +249,7 @@ def writer_p99(options: argparse.Namespace) -> Facts:
     """
     memory = Subject(options.memory, options.length, followed=False)
     with contextlib.closing(memory):
-        room = 4_000_000
-        latencies = np.zeros(room, np.uint32)
-        writer = memory.lib.start_writer(
-            ctypes.c_void_p(memory.address),
-            ctypes.c_uint64(options.length),
-            ctypes.c_uint64(RATE),
-            latencies.ctypes.data_as(ctypes.c_void_p),
-            ctypes.c_uint64(room),
-        )
-        handle = ctypes.c_void_p(writer)
+        handle, latencies = memory.write_steadily()
         time.sleep(options.count)
         alone = latencies[: memory.lib.written(handle)].copy()
         memory.follow()

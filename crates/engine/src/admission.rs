@@ -159,9 +159,9 @@ impl<F> Admission<F> {
         self.waiting.len()
     }
 
-    /// True if so few are under way that any door is wide enough for one more.
+    /// True if nobody waits, and so few are under way that any door is wide enough for one more.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.under_way < self.narrowest
+        self.under_way < self.narrowest && self.waiting.is_empty()
     }
 
     /// The door while memory is short, where it would be `wide` otherwise.

@@ -160,7 +160,9 @@ fn write_back(
         let pages = body.pages(run[0].block).start..body.pages(run[run.len() - 1].block).end;
         let harvest = engine.harvest_mapped(body, pages);
         for held in run.iter().filter(|held| held.first) {
-            engine.learn_written(body, held.block, overlap(&harvest, &body.pages(held.block)));
+            engine.learn_written(body, held.block, || {
+                overlap(&harvest, &body.pages(held.block))
+            });
         }
         record(&mut body.lock(), &harvest);
     }

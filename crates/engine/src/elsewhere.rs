@@ -9,6 +9,7 @@
 //! are woken they may run anywhere else.
 
 use crate::lock::{Mutex, MutexGuard};
+pub use crate::threads::id as this_thread;
 
 /// Who has a thread kept off. One at a time, so that what is put back is what was there.
 static KEEPING: Mutex<()> = Mutex::new(());
@@ -81,7 +82,7 @@ mod tests {
 
     #[test]
     fn a_thread_may_go_back_to_where_it_was_kept_off() {
-        let thread = crate::threads::id();
+        let thread = this_thread();
         let before = count(thread);
         let kept = Elsewhere::keep(thread);
         if before > 1 {

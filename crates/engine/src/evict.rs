@@ -41,7 +41,7 @@ fn unmap(engine: &Engine, body: &Body, block: u32) {
         let harvest = engine.harvest_zapped(body, block);
         let mut table = body.lock();
         if !table.was_cleaned(block) {
-            engine.learn_written(body, block, harvest.iter().map(Range::len).sum());
+            engine.learn_written(body, block, || harvest.iter().map(Range::len).sum());
         }
         record(&mut table, &harvest);
         waited = body.release(&mut table, block, State::Resting);

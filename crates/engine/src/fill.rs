@@ -177,8 +177,7 @@ impl Engine {
     /// How many fills of a region are let in now.
     fn door(&self, body: &Body, table: &Table) -> Door {
         let wide = Door::wide(most_of_one(body.block));
-        let quiet = table.fills.is_quiet() && table.fills.queue() == 0;
-        let short = !quiet
+        let short = !table.fills.is_quiet()
             && self
                 .pool_of(body)
                 .is_short(self.now_ms(), table.fills.queue());

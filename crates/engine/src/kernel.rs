@@ -145,8 +145,8 @@ impl Engine {
         self.map_again(body, block)
     }
 
-    /// Puts `bytes` into an absent block, or the beginning of one; wakes, unless the table holds the evidence: then a thread that
-    /// came to write would only meet the protection, and the caller wakes when it has lifted it.
+    /// Puts `bytes` into an absent block, or the beginning of one; wakes, unless the table holds the evidence: then a
+    /// thread that came to write would only meet the protection, and the caller wakes when it has lifted it.
     fn copy(&self, body: &Body, block: u32, bytes: &[u8], placed: &mut usize) -> io::Result<()> {
         let start = body.start(block);
         let mode = match self.evidence(body) {

@@ -137,11 +137,11 @@ impl Engine {
 
     /// A block is unmapped, or cleaned while it is mapped, for the first time since it came in; `written` of its pages
     /// were written since then.
-    pub(crate) fn learn_written(&self, body: &Body, block: u32, written: usize) {
+    pub(crate) fn learn_written(&self, body: &Body, block: u32, written: impl FnOnce() -> usize) {
         let pages = body.pages(block).len();
         let worth = pages >= FEWEST_PAGES && body.block <= LONGEST_BLOCK;
         if worth && self.evidence(body) == Evidence::Kernel {
-            body.presumption.saw(block, written, pages);
+            body.presumption.saw(block, written(), pages);
         }
     }
 

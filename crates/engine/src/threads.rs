@@ -29,7 +29,7 @@ pub(crate) fn start(name: &str, stack: usize, run: impl FnOnce() + Send + 'stati
 }
 
 /// The number of the calling thread in the kernel.
-pub(crate) fn id() -> libc::pid_t {
+pub fn id() -> libc::pid_t {
     // SAFETY: takes nothing and always answers.
     unsafe { libc::gettid() }
 }

@@ -37,6 +37,14 @@ impl Writer {
         }
     }
 
+    /// One that has written the first 40 blocks, from end to end.
+    fn after_whole_blocks(kind: Kind) -> Writer {
+        let mut writer = Writer::new(kind);
+        let pages = writer.pages();
+        writer.written_by(|writer| writer.write(0..40, 0..pages));
+        writer
+    }
+
     /// Writes `pages` of each block.
     fn write(&mut self, blocks: std::ops::Range<usize>, pages: std::ops::Range<usize>) {
         for block in blocks {
@@ -89,9 +97,8 @@ fn kinds() -> Vec<Kind> {
 fn after_blocks_that_were_written_whole_the_next_ones_count_as_written_until_one_was_not() {
     apart!(120, {
         for kind in kinds() {
-            let mut writer = Writer::new(kind);
-            let (pages, single) = (writer.pages(), 1.0 / writer.pages() as f64);
-            writer.written_by(|writer| writer.write(0..40, 0..pages));
+            let mut writer = Writer::after_whole_blocks(kind);
+            let single = 1.0 / writer.pages() as f64;
             let presumed = writer.written_by(|writer| writer.write(40..48, 3..4));
             assert!(
                 (5.0..=7.1 + 8.0 * single).contains(&presumed),
@@ -110,9 +117,7 @@ fn after_blocks_that_were_written_whole_the_next_ones_count_as_written_until_one
 fn a_program_that_has_written_and_now_reads_has_few_blocks_written_in_vain() {
     apart!(120, {
         for kind in kinds() {
-            let mut writer = Writer::new(kind);
-            let pages = writer.pages();
-            writer.written_by(|writer| writer.write(0..40, 0..pages));
+            let mut writer = Writer::after_whole_blocks(kind);
             let in_vain = writer.written_by(|writer| writer.read(40..BLOCKS));
             assert!((1.0..=32.0).contains(&in_vain), "{kind:?}: {in_vain}");
             writer.check();
@@ -124,9 +129,8 @@ fn a_program_that_has_written_and_now_reads_has_few_blocks_written_in_vain() {
 fn a_program_that_changes_little_between_flushes_has_only_that_written_back() {
     apart!(120, {
         for kind in kinds() {
-            let mut writer = Writer::new(kind);
-            let (pages, single) = (writer.pages(), 1.0 / writer.pages() as f64);
-            writer.written_by(|writer| writer.write(0..40, 0..pages));
+            let mut writer = Writer::after_whole_blocks(kind);
+            let single = 1.0 / writer.pages() as f64;
             for block in 40..72 {
                 writer.written_by(|writer| writer.write(block..block + 1, 3..4));
             }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use userfault_engine::elsewhere::this_thread;
 use userfault_engine::generation;
 use userfault_engine::lock::Mutex;
 
@@ -146,7 +147,7 @@ impl Checkpointer {
         let watcher = shared.clone();
         spawn("userfault-save", move || {
             stand_back();
-            saver.shared.saver.store(thread_id(), Ordering::Relaxed);
+            saver.shared.saver.store(this_thread(), Ordering::Relaxed);
             saver.run();
         })?;
         spawn("userfault-watch", move || {
@@ -297,11 +298,6 @@ fn identity() -> u64 {
 fn page_size() -> usize {
     // SAFETY: sysconf takes a number; a page size exists on every Linux.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
-}
-
-fn thread_id() -> i32 {
-    // SAFETY: takes nothing and always answers.
-    unsafe { libc::gettid() }
 }
 
 /// This thread does not interrupt another one when it is woken: a cut wakes the saver to help it, and on a busy

@@ -75,7 +75,7 @@ pub(crate) struct Body {
     pub(crate) view_gone: AtomicBool,
     /// Bytes in memory that close has given back to the pools.
     pub(crate) given_back: AtomicU64,
-    /// True while a round of the drain is under way.
+    /// True while what is dirty of it is written in the background.
     pub(crate) draining: AtomicBool,
     table: Lock<Table>,
     /// Grows when some block has changed state, if anybody sleeps on that.

@@ -1,107 +1,211 @@
-//! The drain: background copying of dirty blocks to their homes.
+//! The drain: background copying of dirty blocks, round after round, to wherever they belong.
 //!
-//! It writes what rests dirty as soon as an eviction had to write by itself, in the order of the store,
-//! so that neighbours go together and evictions find clean blocks. Everything else that is dirty is
-//! written after a while ([`AGE`]), as the kernel does with the page cache. A failed write keeps its data,
-//! is kept for the next flush, and is tried again. Each region's round is an errand, so that a store that is
-//! slow, refuses or does not come back keeps nobody else's bytes waiting.
+//! One loop for all *targets*: the homes of regions (`homeward`), each Checkpointer, and whatever else takes what
+//! was written before somebody asks for it. A target does one round at a time, on a thread that it may keep waiting,
+//! and says when the next one should be. So a store that is slow, refuses or does not come back keeps nobody
+//! else's bytes waiting.
+//!
+//! ```text
+//!               due, or asked for                  the round is over
+//!   waiting ------------------------> in a round ---------------------> waiting, until then
+//!      ^                                  | asked for meanwhile
+//!      +------- due at once --------------+
+//! ```
+//!
+//! What a round copies, and how much, is the target's own matter: a region's are its dirty blocks, a Checkpointer's
+//! what makes the next cut shorter. Both take their blocks from dirty maps of their own.
+//!
+//! Rounds are work for the background: their threads interrupt nobody when they are woken.
+//!
+//! Locks: the state of the loop is a leaf. No lock is held in a round.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::lock::{Condvar, Mutex};
-
-use crate::Access;
-use crate::body::Body;
-use crate::clean::{self, Which};
 use crate::engine::Engine;
-use crate::threads;
+use crate::error::Error;
+use crate::lock::{Condvar, Mutex, MutexGuard};
+use crate::threads::{self, StoodBack};
 
-/// How long written bytes stay in memory alone, at most.
-pub const AGE: Duration = Duration::from_secs(30);
+/// When a target wants its next round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// After so long, or when it is asked for.
+    In(Duration),
+    /// When it is asked for.
+    WhenAsked,
+}
 
-/// When to look again at a region that could not be cleaned.
-const SOON: Duration = Duration::from_millis(200);
+/// Where dirty blocks are copied in the background.
+pub trait Target: Send + Sync {
+    /// Copies something of what is dirty. There is one round of a target at a time. It must not panic: the process
+    /// would end.
+    fn round(&self) -> Next;
+}
 
-/// How long one region's round is waited for before the next one's begins beside it.
-const TURN: Duration = Duration::from_millis(500);
+struct Place {
+    number: u64,
+    target: Arc<dyn Target>,
+    due: Option<Instant>,
+    in_a_round: bool,
+}
 
-/// The background write-back of an engine.
+#[derive(Default)]
+struct State {
+    places: Vec<Place>,
+    last: u64,
+}
+
+impl State {
+    fn place(&mut self, number: u64) -> Option<&mut Place> {
+        self.places.iter_mut().find(|place| place.number == number)
+    }
+
+    /// A target whose round is due, and its number; it is in a round from here on.
+    fn take_due(&mut self, now: Instant) -> Option<(u64, Arc<dyn Target>)> {
+        let due = |place: &&mut Place| !place.in_a_round && place.due.is_some_and(|due| due <= now);
+        let place = self.places.iter_mut().find(due)?;
+        place.in_a_round = true;
+        place.due = None;
+        Some((place.number, place.target.clone()))
+    }
+
+    /// When the next round is due, of those that are in none.
+    fn next_due(&self) -> Option<Instant> {
+        let waiting = self.places.iter().filter(|place| !place.in_a_round);
+        waiting.filter_map(|place| place.due).min()
+    }
+}
+
+/// The loop of an engine.
 #[derive(Default)]
 pub(crate) struct Drain {
-    kicked: Mutex<bool>,
-    ring: Condvar,
+    state: Mutex<State>,
+    bell: Condvar,
 }
 
 impl Drain {
-    pub(crate) fn start(&self, engine: &'static Engine) -> bool {
-        threads::start("userfault-drain", 256 << 10, move || {
-            engine.drain.run(engine)
-        })
+    pub(crate) fn start(&'static self, engine: &'static Engine) -> bool {
+        threads::start("userfault-drain", 256 << 10, move || self.run(engine))
     }
 
-    /// Asks for a round over what rests dirty.
-    pub(crate) fn kick(&self) {
-        let mut kicked = self.kicked.lock();
-        if !*kicked {
-            *kicked = true;
-            drop(kicked);
-            self.ring.notify_one();
+    /// One more target; `first` is when its first round is due. Its number.
+    pub(crate) fn add(&self, target: Arc<dyn Target>, first: Next) -> u64 {
+        let mut state = self.state.lock();
+        state.last += 1;
+        let number = state.last;
+        state.places.push(Place {
+            number,
+            target,
+            due: due(first),
+            in_a_round: false,
+        });
+        self.ring(state);
+        number
+    }
+
+    /// No more rounds of a target begin.
+    fn remove(&self, number: u64) {
+        let mut state = self.state.lock();
+        state.places.retain(|place| place.number != number);
+    }
+
+    /// Asks for a round now. If one is under way another one follows.
+    pub(crate) fn ask(&self, number: u64) {
+        let mut state = self.state.lock();
+        let now = Instant::now();
+        let Some(place) = state.place(number) else {
+            return;
+        };
+        if place.due.is_some_and(|due| due <= now) {
+            return;
+        }
+        place.due = Some(now);
+        if !place.in_a_round {
+            self.ring(state);
         }
     }
 
-    fn run(&self, engine: &'static Engine) {
-        let mut last_full = Instant::now();
-        let mut soon = false;
+    fn ring(&self, state: MutexGuard<'_, State>) {
+        drop(state);
+        self.bell.notify_one();
+    }
+
+    fn run(&'static self, engine: &'static Engine) {
+        let mut state = self.state.lock();
         loop {
-            {
-                let mut kicked = self.kicked.lock();
-                if !*kicked {
-                    let pause = if soon { SOON } else { AGE };
-                    self.ring.wait_for(&mut kicked, pause);
-                }
-                *kicked = false;
+            if let Some((number, target)) = state.take_due(Instant::now()) {
+                drop(state);
+                engine.errands.submit(
+                    engine,
+                    Box::new(move || {
+                        let next = {
+                            let _back = StoodBack::begin();
+                            target.round()
+                        };
+                        drop(target);
+                        self.ended(number, next);
+                    }),
+                );
+                state = self.state.lock();
+            } else if let Some(due) = state.next_due() {
+                self.bell.wait_until(&mut state, due);
+            } else {
+                self.bell.wait(&mut state);
             }
-            let full = last_full.elapsed() >= AGE;
-            soon = false;
-            for body in engine.bodies() {
-                if !body.writable() || body.lock().closed {
-                    continue;
-                }
-                // A store that refuses is not hammered, and one that does not come back is left alone.
-                if body.refuses_writes(engine.now_ms()) {
-                    soon = true;
-                    continue;
-                }
-                // Private changes need no home as long as there is room.
-                let which = if full && body.access == Access::ReadWrite {
-                    Which::Free
-                } else {
-                    Which::Resting
-                };
-                soon |= !round(engine, &body, which);
-            }
-            if full {
-                last_full = Instant::now();
-            }
+        }
+    }
+
+    fn ended(&self, number: u64, next: Next) {
+        let mut state = self.state.lock();
+        // It may be gone by now.
+        if let Some(place) = state.place(number) {
+            place.in_a_round = false;
+            // Asked for meanwhile: that was for now.
+            place.due = place.due.or(due(next));
+            self.ring(state);
         }
     }
 }
 
-/// Writes back what a region has to be written. False if some of it is left: the store failed, or its last
-/// round is not over yet. Nobody's store is waited for longer than [`TURN`].
-fn round(engine: &'static Engine, body: &Arc<Body>, which: Which) -> bool {
-    if body.draining.swap(true, Ordering::Acquire) {
-        return false;
+fn due(next: Next) -> Option<Instant> {
+    match next {
+        Next::In(pause) => Some(Instant::now() + pause),
+        Next::WhenAsked => None,
     }
-    let mine = body.clone();
-    let done = engine.errand_for(TURN, move || {
-        let blocks = 0..mine.all_blocks();
-        // An error stays with the region until the next flush raises it.
-        let done = clean::clean_behind(engine, &mine, blocks, which).is_ok();
-        mine.draining.store(false, Ordering::Release);
-        done
-    });
-    done.unwrap_or(false)
+}
+
+/// A target of the drain, as long as this lives. A round that is under way at the end is not waited for.
+pub struct Draining {
+    engine: &'static Engine,
+    number: u64,
+}
+
+/// Has the drain of this process copy for `target`, too; `first` is when it begins.
+pub fn begin(target: Arc<dyn Target>, first: Next) -> Result<Draining, Error> {
+    let engine = Engine::current()?;
+    let number = engine.drain.add(target, first);
+    Ok(Draining { engine, number })
+}
+
+impl Draining {
+    /// Asks for a round now.
+    pub fn ask(&self) {
+        if self.is_ours() {
+            self.engine.drain.ask(self.number);
+        }
+    }
+
+    /// False in a forked child, where nothing of the parent's engine may be touched.
+    fn is_ours(&self) -> bool {
+        Engine::existing().is_some_and(|engine| std::ptr::eq(engine, self.engine))
+    }
+}
+
+impl Drop for Draining {
+    fn drop(&mut self) {
+        if self.is_ours() {
+            self.engine.drain.remove(self.number);
+        }
+    }
 }

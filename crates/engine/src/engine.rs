@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use crate::lock::{Mutex, RwLock};
@@ -16,11 +16,12 @@ use crate::abilities::Abilities;
 use crate::body::Body;
 use crate::clock::Clock;
 use crate::defects::{Defect, put_back};
-use crate::drain::Drain;
+use crate::drain::{Drain, Next};
 use crate::errand::Errands;
 use crate::error::Error;
 use crate::flight::{Arrivals, Flights};
 use crate::fork::{self, Kept};
+use crate::homeward::{AGE, Homes};
 use crate::inline::{InlineSource, Touches};
 use crate::limit;
 use crate::pool::Pool;
@@ -59,6 +60,8 @@ pub(crate) struct Engine {
     pub(crate) flights: Flights,
     pub(crate) clock: Clock,
     pub(crate) drain: Drain,
+    /// The number of the regions' homes among its targets.
+    pub(crate) homes: OnceLock<u64>,
     pub(crate) errands: Errands,
     pub(crate) staging: Staging,
     /// Counts of regions that are gone.
@@ -104,6 +107,10 @@ impl Engine {
             Kept::Descriptor(engine.pagemap.as_raw_fd()),
         ]);
         let engine = crate::leak::publish(&CURRENT, engine);
+        engine.homes.get_or_init(|| {
+            let homes = Arc::new(Homes::of(engine));
+            engine.drain.add(homes, Next::In(AGE))
+        });
         GENERATION.store(fork::generation(), Ordering::Release);
         if !(engine.workers.start(engine)
             && engine.clock.start(engine)
@@ -147,6 +154,7 @@ impl Engine {
             flights: Flights::new(),
             clock: Clock::default(),
             drain: Drain::default(),
+            homes: OnceLock::new(),
             errands: Errands::default(),
             staging: Staging::default(),
             past: Counters::new(),

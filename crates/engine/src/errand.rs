@@ -1,7 +1,7 @@
 //! Errands: work that calls a store on behalf of somebody who does not wait for ever.
 //!
 //! A thread that is inside of a store's call cannot be brought back. So what writes or syncs for a caller
-//! (flush, close, evict, room for a pwrite, the drain) is done by a thread of its own, which owns the blocks
+//! (flush, close, evict, room for a pwrite, a round of the drain) is done by a thread of its own, which owns the blocks
 //! and the buffer until the store has answered. The caller waits as long as it gets on. A call that has
 //! not come back when its time is over is declared hung: the caller is told which one, the errand goes on by
 //! itself, and what it finds out later is kept for the next caller.
@@ -39,10 +39,13 @@ use crate::threads;
 /// The least time that a write or a sync is given, however short a region's `retry_for` is.
 pub(crate) const LEAST: Duration = Duration::from_secs(2);
 
+/// Compressing needs more than the engine's own threads do. Bytes.
+const STACK: usize = 1 << 20;
+
 /// How often a caller looks at an errand that is in no call.
 const LOOK: Duration = Duration::from_millis(500);
 
-type Work = Box<dyn FnOnce() + Send>;
+pub(crate) type Work = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct State {
@@ -232,7 +235,8 @@ impl Engine {
 }
 
 impl Errands {
-    fn submit(&'static self, engine: &'static Engine, task: Work) {
+    /// Has `task` done by another thread.
+    pub(crate) fn submit(&'static self, engine: &'static Engine, task: Work) {
         let mut state = self.state.lock();
         state.queue.push_back(task);
         if state.queue.len() <= state.idle {
@@ -241,7 +245,7 @@ impl Errands {
             return;
         }
         drop(state);
-        if !threads::start("userfault-errand", 256 << 10, || engine.errands.run()) {
+        if !threads::start("userfault-errand", STACK, || engine.errands.run()) {
             // Without a thread it is done here, and waited for however long it takes.
             let task = self.state.lock().queue.pop_back();
             if let Some(task) = task {

@@ -12,6 +12,7 @@ use crate::block::State;
 use crate::body::Body;
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::homeward;
 use crate::kernel::record;
 use crate::policy::Queue;
 use crate::room::claim_victim;
@@ -90,7 +91,7 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         lead.give_up();
         // The neighbours that rest dirty beside it will have to be written too: let the drain do it in
         // the order of the store.
-        engine.drain.kick();
+        homeward::ask(engine);
     }
     while let Some(run) = runs.first().cloned() {
         let bytes = body

@@ -14,7 +14,8 @@
 //! | `flight`, `aio` | reads that the kernel does while nobody waits for them |
 //! | `policy` | who leaves memory next: pure, and run by the simulator in `sim/` |
 //! | `pool`, `room`, `limit` | who is in memory, under which limit, and that everybody gets on |
-//! | `evict`, `clean`, `drain` | leaving memory, write-back, write-back in the background |
+//! | `evict`, `clean` | leaving memory, write-back |
+//! | `drain`, `homeward` | copying what is dirty in the background, for regions and for checkpoints; for regions |
 //! | `protect` | synchronous write-protection: the table knows what was written |
 //! | `presumption` | blocks that are mapped writable, since others like them were written whole |
 //! | `clock`, `poison`, `bar` | deadlines, blocks that could not be had, and how a touch of one ends |
@@ -35,7 +36,7 @@
 //!
 //! # Locks
 //! A region's table (`Body::lock`), then a pool's state. The registries, the queue of the workers, the
-//! clock's list and the drain's bell are leaves. Nothing is locked while a store is called, a fault can
+//! clock's list and the drain's state are leaves. Nothing is locked while a store is called, a fault can
 //! happen, or a block is waited for. A handler never touches memory that it serves.
 //!
 //! # Promises
@@ -63,7 +64,7 @@ mod defects;
 #[cfg(feature = "defects")]
 pub mod defects;
 pub mod dirty;
-mod drain;
+pub mod drain;
 pub mod elsewhere;
 mod engine;
 mod entries;
@@ -75,6 +76,7 @@ mod flight;
 mod fork;
 mod futex;
 mod halfway;
+mod homeward;
 mod huge_tmpfs;
 mod inline;
 mod kernel;
@@ -119,6 +121,7 @@ pub use served::{Lies, Owed, ServeOptions, Served, ServedError, Written, serve};
 pub use signals::BlockedSignals;
 pub use stats::Stats;
 pub use table::BlockError;
+pub use threads::StoodBack;
 pub use trace::write_out as write_out_trace;
 use userfault_store::Store;
 

@@ -1,6 +1,6 @@
 //! Saving arrays, again and again, while the program goes on.
 //!
-//! Unsafe: asks for the page size, and how a thread is scheduled.
+//! Unsafe: asks for the page size.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,16 +8,17 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use userfault_engine::elsewhere::this_thread;
-use userfault_engine::generation;
 use userfault_engine::lock::Mutex;
+use userfault_engine::{StoodBack, generation};
 
 use crate::codec::Compress;
+use crate::drain::drain_into;
 use crate::error::Error;
 use crate::folder::{Fault, Folder, read_manifest};
 use crate::following::{carried_on, source};
 use crate::manifest::{Manifest, PointSummary};
 use crate::point::Point;
-use crate::saver::{Command, Saver};
+use crate::saver::{self, Command, Saver};
 use crate::shared::{Group, Shared, State};
 use crate::source::{Source, Way};
 use crate::staging::Staging;
@@ -144,21 +145,29 @@ impl Checkpointer {
             options, sources, groups, named, folder, staging, page, state,
         ));
         let saver = Saver::new(shared.clone(), index, manifest, next_segment);
-        let watcher = shared.clone();
-        spawn("userfault-save", move || {
-            stand_back();
-            saver.shared.saver.store(this_thread(), Ordering::Relaxed);
-            saver.run();
-        })?;
-        spawn("userfault-watch", move || {
-            stand_back();
-            watcher.watch();
-        })?;
-        Ok(Checkpointer {
+        let saver = Arc::new(Mutex::new(saver));
+        let draining = match shared.options.drain {
+            true => drain_into(&shared, &saver)?,
+            false => None,
+        };
+        let (behind, watcher) = (shared.clone(), shared.clone());
+        // If a thread cannot be started this ends the other one.
+        let checkpointer = Checkpointer {
             shared,
             generation: generation(),
             saving: Mutex::new(()),
-        })
+        };
+        spawn("userfault-save", move || {
+            // A cut wakes it to have help.
+            let _back = StoodBack::begin();
+            behind.saver.store(this_thread(), Ordering::Relaxed);
+            saver::run(&saver, &behind, draining);
+        })?;
+        spawn("userfault-watch", move || {
+            let _back = StoodBack::begin();
+            watcher.watch();
+        })?;
+        Ok(checkpointer)
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -298,19 +307,6 @@ fn identity() -> u64 {
 fn page_size() -> usize {
     // SAFETY: sysconf takes a number; a page size exists on every Linux.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
-}
-
-/// This thread does not interrupt another one when it is woken: a cut wakes the saver to help it, and on a busy
-/// machine would otherwise lose its processor to it.
-fn stand_back() {
-    // SAFETY: both take numbers and a struct that lives; they concern this thread alone. Advice: what fails is
-    // left as it is, and so is a program that is scheduled in real time.
-    unsafe {
-        if libc::sched_getscheduler(0) == libc::SCHED_OTHER {
-            let normal: libc::sched_param = std::mem::zeroed();
-            libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const normal);
-        }
-    }
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {

@@ -1,16 +1,19 @@
-//! The drain: what was written is copied into the next point's segment before anybody asks for a point.
+//! A target of the drain: what was written is copied into the next point's segment before anybody asks for a point.
 //!
-//! It runs on the saver's thread when there is nothing else to do, round after round, so that little is
-//! left at the cut. It asks the kernel first, and copies only where that makes the next cut shorter: what is
+//! The engine's drain comes round after round, when the saver has nothing else to do, so that little is
+//! left at the cut. A round asks the kernel first, and copies only where that makes the next cut shorter: what is
 //! written anew faster than it is copied is left to the cut. No page is copied twice within an *epoch*,
 //! for a page that is written all the time is dirty at the cut whatever is done. Asking takes a
 //! small share of the time.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use userfault_engine::dirty::DirtyMap;
+use userfault_engine::drain::{Draining, Next, Target, begin};
+use userfault_engine::lock::Mutex;
 use userfault_engine::tracked::Ledger;
 
 use crate::copier::{Batch, Buffer, Copier};
@@ -50,7 +53,7 @@ pub const DRAIN_STEP: usize = 512 << 10;
 
 /// What the drain remembers between its rounds.
 pub struct Drain {
-    pub next: Instant,
+    next: Instant,
     every: Duration,
     /// Until every block has been copied once.
     first: bool,
@@ -139,6 +142,18 @@ impl Drain {
         })
     }
 
+    fn is_due(&self) -> bool {
+        !self.resting && self.next <= Instant::now()
+    }
+
+    fn next_round(&self) -> Next {
+        if self.resting {
+            Next::WhenAsked
+        } else {
+            Next::In(self.next.saturating_duration_since(Instant::now()))
+        }
+    }
+
     /// Begins another epoch when one is over.
     fn look(&mut self) {
         if self.epoch.elapsed() >= EPOCH {
@@ -151,9 +166,36 @@ impl Drain {
     }
 }
 
+/// The next point of a checkpointer, as a target.
+struct NextPoint(Arc<Mutex<Saver>>);
+
+/// Has the drain work for the next point of a checkpointer, if some of its memory is tracked silently.
+pub fn drain_into(shared: &Shared, saver: &Arc<Mutex<Saver>>) -> Result<Option<Draining>, Error> {
+    let silent = |source: &Source| matches!(source.way, Way::Silent(_));
+    if !shared.sources.iter().any(silent) {
+        return Ok(None);
+    }
+    begin(Arc::new(NextPoint(saver.clone())), Next::In(Duration::ZERO))
+        .map(Some)
+        .map_err(|error| Error::Memory(error.to_string()))
+}
+
+impl Target for NextPoint {
+    fn round(&self) -> Next {
+        // At work on a save: it asks for a round when that is over.
+        let Some(mut saver) = self.0.try_lock() else {
+            return Next::WhenAsked;
+        };
+        if saver.drain.is_due() {
+            saver.drain_round();
+        }
+        saver.drain.next_round()
+    }
+}
+
 impl Saver {
     /// One look at what was written, and copying it if that is worth it.
-    pub fn drain_round(&mut self) {
+    fn drain_round(&mut self) {
         if let Err(error) = self.drain_once() {
             // The disk is full, or an array is gone: the next save tells.
             let _ = error;
@@ -178,10 +220,6 @@ impl Saver {
             dirty += count;
             anew += count - ledger.count().min(count);
             pages += ledger.len() / shared.page;
-        }
-        if pages == 0 {
-            self.drain.resting = true;
-            return Ok(());
         }
         if !self.drain.first && hopeless(anew, pages, self.drain.taken.elapsed()) {
             self.drain.every = (self.drain.every * 2).min(DRAIN_SELDOM);

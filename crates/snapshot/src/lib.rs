@@ -10,16 +10,17 @@
 //!   in the background       hash, compare, compress, write; index; sync; the manifest names the point
 //! ```
 //!
-//! One thread of a [`Checkpointer`] does everything behind the cut, in the order of the cuts, and drains
-//! when it has nothing else to do. So the index in memory always describes what the next point would
-//! hold, and needs no lock. A second thread watches that a save makes progress.
+//! One thread of a [`Checkpointer`] does everything behind the cut, in the order of the cuts. Whenever it has nothing
+//! else to do the drain of the engine copies for it. Each has the [`saver`] for itself meanwhile, so the index in
+//! memory always describes what the next point would hold. A second thread watches that a save makes progress.
 //!
 //! | file | concept |
 //! |---|---|
 //! | `checkpointer`, `following`, `point` | what a program calls; how its arrays are followed; what save() returns |
 //! | `cut`, `shares`, `copier`, `job` | the instant, its work for two threads, copying blocks aside, a save on its way |
 //! | `processors` | whether there is a processor for the second of them |
-//! | `saver`, `behind`, `drain`, `publish` | the thread behind the cuts: storing, its helper for guarded memory, copying ahead, finishing a point |
+//! | `saver`, `behind`, `publish` | behind the cuts: storing, its helper for guarded memory, finishing a point |
+//! | `drain` | copying ahead of the next cut: a target of the engine's drain |
 //! | `shared` | what cuts, saver and watcher share |
 //! | `source` | an array's memory: which blocks have changed, and copying them |
 //! | `staging`, `stream` | memory for what was copied aside; copying there past the caches |
@@ -31,8 +32,9 @@
 //! The format is described in `docs/reference/checkpoint-format.md`.
 //!
 //! # Locks
-//! `Checkpointer::saving` (one cut at a time), then `Shared::cutting` (held by a cut, and by the saver while it
-//! takes and reads a chunk; see `shared`), then the engine's. The checkpointer's state, a job's batches and staging are leaves, and none is held during I/O.
+//! `Checkpointer::saving` (one cut at a time) or the saver (held for a save, a pruning or a round of the drain, I/O
+//! and all), then `Shared::cutting` (held by a cut, and with the saver while a chunk is taken and read; see
+//! `shared`), then the engine's. A cut does not take the saver. The checkpointer's state, a job's batches and staging are leaves, and none is held during I/O.
 //!
 //! # Promises
 //! * A point holds what the memory held at its cut, for every write of the thread that called save().

@@ -1,12 +1,17 @@
-//! The thread behind the cuts: it drains, saves and prunes, one thing at a time and in order.
+//! Behind the cuts: what the next point would hold, and the thread that saves and prunes, in order.
 //!
 //! Batches of copied blocks come from the cut, from writers of guarded memory, and from the drain. Each
 //! block is hashed, compared with the index, and written to the segment of the next point if it differs.
+//! The thread has the saver for the length of a save or a pruning, and the drain for the length of a round; whoever
+//! wants a save has rounds end early.
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+use userfault_engine::drain::Draining;
+use userfault_engine::lock::Mutex;
 
 use crate::codec::Compress;
 use crate::copier::{Batch, sum};
@@ -31,7 +36,7 @@ pub enum Command {
     Prune(usize),
 }
 
-/// The state of the thread.
+/// What the next point would hold, and where.
 pub struct Saver {
     pub shared: Arc<Shared>,
     pub index: Vec<DataIndex>,
@@ -65,77 +70,15 @@ impl Saver {
         }
     }
 
-    /// Works until the checkpointer is closed and everything asked for is done.
-    pub fn run(mut self) {
-        let shared = self.shared.clone();
-        loop {
-            let command = {
-                let mut state = shared.state.lock();
-                loop {
-                    if let Some(command) = state.queue.pop_front() {
-                        state.busy = true;
-                        break Some(command);
-                    }
-                    if state.closing && state.active.is_empty() {
-                        break None;
-                    }
-                    if shared.options.drain && !self.drain.resting && !state.closing {
-                        let now = Instant::now();
-                        if self.drain.next <= now {
-                            drop(state);
-                            self.drain_round();
-                            state = shared.state.lock();
-                        } else {
-                            shared.changed.wait_until(&mut state, self.drain.next);
-                        }
-                    } else {
-                        shared.changed.wait(&mut state);
-                    }
-                }
-            };
-            let Some(command) = command else {
-                break;
-            };
-            match command {
-                Command::Save(job) => self.save(&job),
-                Command::Prune(keep) => {
-                    let pruned = prune::sweep(&shared, &mut self.manifest, keep);
-                    if let Err(error) = pruned {
-                        shared.state.lock().failed.get_or_insert(error);
-                    }
-                }
-            }
-            let mut state = shared.state.lock();
-            state.busy = false;
-            state.points.clone_from(&self.manifest.points);
-            shared.changed.notify_all();
-        }
-        // What was drained since the last point belongs to no point.
-        if let Some(segment) = self.segment.take() {
-            let number = segment.number();
-            drop(segment);
-            let _ = shared.folder.remove(&segment_name(number));
-        }
-        shared.let_go();
-        let mut state = shared.state.lock();
-        state.ended = true;
-        shared.changed.notify_all();
-    }
-
     fn save(&mut self, job: &Arc<Job>) {
         self.drain.resting = false;
         self.cut = job.cut.load(Ordering::Relaxed);
-        job.help_to_cut(&self.shared);
         let result = self.store(job).and_then(|()| self.publish(job));
         self.shared.end_guarded(job);
         job.point.used(self.shared.staging.take_peak());
         match result {
             Ok(()) => {
-                self.shared
-                    .state
-                    .lock()
-                    .points
-                    .clone_from(&self.manifest.points);
+                self.tell_points();
                 self.shared.end(job, Ok(()));
                 if let Some(keep) = self.shared.options.max_to_keep
                     && let Err(error) = prune::prune(&self.shared, &mut self.manifest, keep)
@@ -151,6 +94,35 @@ impl Saver {
                 self.shared.end(job, Err(error));
             }
         }
+        self.tell_points();
+    }
+
+    fn prune(&mut self, keep: usize) {
+        if let Err(error) = prune::sweep(&self.shared, &mut self.manifest, keep) {
+            self.shared.state.lock().failed.get_or_insert(error);
+        }
+        self.tell_points();
+    }
+
+    /// Everybody may know which points there are.
+    fn tell_points(&self) {
+        let mut state = self.shared.state.lock();
+        state.points.clone_from(&self.manifest.points);
+    }
+
+    /// Nothing is saved any more. What was drained since the last point belongs to no point.
+    fn end(&mut self) {
+        self.drain.resting = true;
+        if let Some(segment) = self.segment.take() {
+            let number = segment.number();
+            drop(segment);
+            let _ = self.shared.folder.remove(&segment_name(number));
+        }
+        self.shared.let_go();
+        let mut state = self.shared.state.lock();
+        state.ended = true;
+        drop(state);
+        self.shared.changed.notify_all();
     }
 
     /// Blocks are as if nobody had copied them.
@@ -452,6 +424,24 @@ impl Saver {
             std::thread::sleep(wait.min(Duration::from_millis(100)));
         }
     }
+}
+
+/// Works until the checkpointer is closed and everything asked for is done.
+pub fn run(saver: &Mutex<Saver>, shared: &Shared, draining: Option<Draining>) {
+    while let Some(command) = shared.next_command() {
+        match command {
+            Command::Save(job) => {
+                job.help_to_cut(shared);
+                saver.lock().save(&job);
+                // It found the saver busy, or had given up.
+                draining.iter().for_each(Draining::ask);
+            }
+            Command::Prune(keep) => saver.lock().prune(keep),
+        }
+        shared.command_done();
+    }
+    drop(draining);
+    saver.lock().end();
 }
 
 /// Silently tracked blocks in parts of at most [`DRAIN_STEP`] bytes.

@@ -141,6 +141,27 @@ impl Shared {
         }
     }
 
+    /// What the saver does next; waits for it. `None` once the checkpointer is closed and everything is done.
+    pub fn next_command(&self) -> Option<Command> {
+        let mut state = self.state.lock();
+        loop {
+            if let Some(command) = state.queue.pop_front() {
+                state.busy = true;
+                return Some(command);
+            }
+            if state.closing && state.active.is_empty() {
+                return None;
+            }
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// The saver has done what [`Shared::next_command`] told it.
+    pub fn command_done(&self) {
+        self.state.lock().busy = false;
+        self.changed.notify_all();
+    }
+
     /// True if the drain should step aside.
     pub fn wanted(&self) -> bool {
         self.wanted.load(Ordering::Relaxed) > 0

@@ -15,6 +15,10 @@ use crate::workers::{Lead, Task};
 /// one go. Larger ones are worth a read of their own.
 const FETCHED_BELOW: usize = 128 << 10;
 
+/// Parts of a window that do not come at one go, one after the other, before the rest is not tried to any more: the
+/// store has none ready, or there is no room.
+const TRIED_IN_VAIN: u32 = 3;
+
 /// Bytes that are pushed in one go.
 const PUSHED: u64 = 4 << 20;
 
@@ -62,18 +66,48 @@ impl Engine {
     }
 
     pub(crate) fn bring_in_ahead(&'static self, body: &Arc<Body>, window: Window, lead: &mut Lead) {
-        let last = window.first + window.step * i64::from(window.count.max(1) - 1);
-        let blocks = window.first.min(last).max(0)
-            ..(window.first.max(last) + 1).min(i64::from(body.all_blocks()));
+        let blocks = window.blocks(body.all_blocks());
         if window.step.abs() != 1 || body.block >= FETCHED_BELOW || blocks.is_empty() {
             return self.bring_in_each(body, window, lead);
         }
-        let offset = body.store_offset + body.start(blocks.start as u32) as u64;
-        let len = (blocks.end - blocks.start) as u64 * body.block as u64;
+        let offset = body.store_offset + body.start(blocks.start) as u64;
+        let len = blocks.len() as u64 * body.block as u64;
         let fetched = body.store.0.will_read(offset, len);
-        self.bring_in_each(body, window, lead);
+        self.bring_in_neighbours(body, window, lead);
         if fetched {
             body.store.0.was_read(offset, len);
+        }
+    }
+
+    /// Brings in a walk over neighbours, as many as may be at one go.
+    fn bring_in_neighbours(&'static self, body: &Arc<Body>, window: Window, lead: &mut Lead) {
+        let longest = self.convoy(body);
+        let (mut from, mut in_vain) = (0, 0);
+        while from < window.count {
+            let part = Window {
+                first: window.first + i64::from(from) * window.step,
+                count: longest.clamp(1, window.count - from),
+                ..window
+            };
+            from += part.count;
+            let last = Window {
+                first: part.last(),
+                count: 1,
+                ..part
+            };
+            let come = part.count > 1
+                && in_vain < TRIED_IN_VAIN
+                && (self.bring_in_convoy(body, part.blocks(body.all_blocks()), lead) || {
+                    // The store has them on their way: when the last is there the others are.
+                    self.bring_in_each(body, last, lead);
+                    self.bring_in_convoy(body, part.blocks(body.all_blocks()), lead)
+                });
+            if come {
+                in_vain = 0;
+            } else {
+                in_vain += 1;
+                self.bring_in_each(body, part, lead);
+            }
         }
     }
 

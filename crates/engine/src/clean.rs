@@ -247,7 +247,7 @@ fn write_back(
 }
 
 /// Pages of `harvest` that are among `pages`.
-fn overlap(harvest: &[Range<usize>], pages: &Range<usize>) -> usize {
+pub(crate) fn overlap(harvest: &[Range<usize>], pages: &Range<usize>) -> usize {
     harvest
         .iter()
         .map(|run| {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::block::State;
 use crate::body::Body;
+use crate::clean::overlap;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::homeward;
@@ -22,29 +23,49 @@ use crate::workers::Lead;
 /// How often [`range`] unmaps a block that threads touch again and again.
 const TRIES: u32 = 8;
 
-/// Unmaps a resident block. False if it could not leave.
-pub(crate) fn zap(engine: &Engine, body: &Body, block: u32) -> bool {
-    if !claim_victim(engine, body, block, State::Resident) {
+/// Unmaps resident blocks. False if none of them could leave.
+pub(crate) fn zap(engine: &Engine, body: &Body, blocks: Range<u32>) -> bool {
+    let (mut left, mut run) = (false, blocks.start..blocks.start);
+    for block in blocks {
+        if claim_victim(engine, body, block, State::Resident) {
+            run.end = block + 1;
+            continue;
+        }
+        left |= unmap(engine, body, run);
+        run = block + 1..block + 1;
+    }
+    left | unmap(engine, body, run)
+}
+
+/// Unmaps neighbours in state Evicting at one go; each rests afterwards, or is gone if its memory cannot rest. False
+/// if there are none.
+fn unmap(engine: &Engine, body: &Body, blocks: Range<u32>) -> bool {
+    if blocks.is_empty() {
         return false;
     }
-    unmap(engine, body, block);
+    let (start, last) = (body.start(blocks.start), blocks.end - 1);
+    body.memory
+        .zap(start, body.start(last) + body.block_len(last) - start)
+        .expect("unmapping pages of the region's own mapping");
+    let mut harvest = Vec::new();
+    if body.memory.shared() {
+        harvest = engine.harvest_zapped(body, body.pages(blocks.start).start..body.pages(last).end);
+        record(&mut body.lock(), &harvest);
+    }
+    for block in blocks {
+        has_been_unmapped(engine, body, block, &harvest);
+    }
     true
 }
 
-/// Unmaps a block in state Evicting; it rests afterwards, or is gone if its memory cannot rest.
-fn unmap(engine: &Engine, body: &Body, block: u32) {
-    let (start, len) = (body.start(block), body.block_len(block));
-    body.memory
-        .zap(start, len)
-        .expect("unmapping pages of the region's own mapping");
+fn has_been_unmapped(engine: &Engine, body: &Body, block: u32, harvest: &[Range<usize>]) {
+    let len = body.block_len(block);
     let waited;
     if body.memory.shared() {
-        let harvest = engine.harvest_zapped(body, block);
         let mut table = body.lock();
         if !table.was_cleaned(block) {
-            engine.learn_written(body, block, || harvest.iter().map(Range::len).sum());
+            engine.learn_written(body, block, || overlap(harvest, &body.pages(block)));
         }
-        record(&mut table, &harvest);
         waited = body.release(&mut table, block, State::Resting);
         drop(table);
         engine.seat(body, block, Queue::Resting);
@@ -159,7 +180,7 @@ pub(crate) fn now(engine: &Engine, body: &Body, block: u32, lead: &mut Lead) -> 
         }
     };
     if !unmapped {
-        unmap(engine, body, block);
+        unmap(engine, body, block..block + 1);
     }
     body.lock().state(block) == State::Absent || release(engine, body, block, lead)
 }

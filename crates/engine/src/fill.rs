@@ -175,7 +175,7 @@ impl Engine {
     }
 
     /// How many fills of a region are let in now.
-    fn door(&self, body: &Body, table: &Table) -> Door {
+    pub(crate) fn door(&self, body: &Body, table: &Table) -> Door {
         let wide = Door::wide(most_of_one(body.block));
         let short = !table.fills.is_quiet()
             && self
@@ -200,7 +200,12 @@ impl Engine {
     }
 
     /// What follows from a try. False if the clock took the block away from it meanwhile.
-    fn follow(&'static self, mut filling: Filling, tried: Tried, lead: &mut Lead) -> bool {
+    pub(crate) fn follow(
+        &'static self,
+        mut filling: Filling,
+        tried: Tried,
+        lead: &mut Lead,
+    ) -> bool {
         let body = filling.body.clone();
         let block = filling.block;
         let now = Instant::now();
@@ -363,13 +368,23 @@ impl Engine {
             .and_then(|()| self.map_copy(body, block, bytes, &mut placed))
         {
             Ok(()) => Tried::Mapped,
-            Err(error) => {
-                let rest = Some(&bytes[placed..]);
-                match self.end_halfway(body, block, placed, rest, lead) {
-                    Halfway::Whole => Tried::Mapped,
-                    Halfway::Dropped => refused(error),
-                }
-            }
+            Err(error) => self.broke_off(filling, bytes, placed, error, lead),
+        }
+    }
+
+    /// Ends a fill of which the kernel has put the first `placed` bytes into place, and no more.
+    pub(crate) fn broke_off(
+        &self,
+        filling: &Filling,
+        bytes: &[u8],
+        placed: usize,
+        error: io::Error,
+        lead: &mut Lead,
+    ) -> Tried {
+        let rest = Some(&bytes[placed..]);
+        match self.end_halfway(&filling.body, filling.block, placed, rest, lead) {
+            Halfway::Whole => Tried::Mapped,
+            Halfway::Dropped => refused(error),
         }
     }
 
@@ -407,7 +422,7 @@ impl Engine {
 
     /// Takes away what lies over a block that is tried again. UFFDIO_COPY and CONTINUE replace poison by
     /// themselves.
-    fn uncovered(&self, body: &Body, block: u32) -> io::Result<()> {
+    pub(crate) fn uncovered(&self, body: &Body, block: u32) -> io::Result<()> {
         if self.abilities.poison {
             return Ok(());
         }

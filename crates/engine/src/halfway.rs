@@ -48,7 +48,7 @@ impl Engine {
         if body.memory.shared() {
             // Beyond what was placed there is nothing, and nothing says so: it must not count as written.
             let there = pages.start..pages.start + placed / page;
-            for run in self.harvest_zapped(body, block) {
+            for run in self.harvest_zapped(body, pages.clone()) {
                 let run = run.start..run.end.min(there.end);
                 if !run.is_empty() {
                     written.push(run);

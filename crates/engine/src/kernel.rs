@@ -412,8 +412,7 @@ impl Engine {
     /// Gathers the evidence of a block that was just unmapped: marks dirty every page that is not proved
     /// clean. Only a write-protect marker proves it (SWAPPED and not WRITTEN); none, present and anything
     /// else does not: a zapped dirty hugetlb page reports neither.
-    pub(crate) fn harvest_zapped(&self, body: &Body, block: u32) -> Vec<Range<usize>> {
-        let pages = body.pages(block);
+    pub(crate) fn harvest_zapped(&self, body: &Body, pages: Range<usize>) -> Vec<Range<usize>> {
         if self.evidence(body) != Evidence::Kernel {
             // Read-only, or the table knows: a page could be written only when its bit was set.
             return Vec::new();

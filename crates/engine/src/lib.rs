@@ -9,7 +9,8 @@
 //! |---|---|
 //! | `block` | the states of a block and the answers to faults, as pure functions |
 //! | `table`, `entries`, `dirty` | where every block of a region is, a word for each, and which pages differ from their home |
-//! | `workers`, `answer`, `fill`, `halfway`, `ahead` | threads that read messages; what a fault means; bringing blocks in; those that nobody has asked for yet |
+//! | `workers`, `answer`, `fill`, `halfway` | threads that read messages; what a fault means; bringing blocks in |
+//! | `ahead`, `convoy` | bringing in what nobody has asked for yet; small neighbours at one go |
 //! | `admission` | how many blocks are brought in at once, and for whom next when memory is short |
 //! | `flight`, `aio` | reads that the kernel does while nobody waits for them |
 //! | `policy` | who leaves memory next: pure, and run by the simulator in `sim/` |
@@ -59,6 +60,7 @@ mod body;
 mod buffer;
 mod clean;
 mod clock;
+mod convoy;
 #[cfg(not(feature = "defects"))]
 mod defects;
 #[cfg(feature = "defects")]

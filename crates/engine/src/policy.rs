@@ -299,6 +299,18 @@ impl Policy {
         self.line(queue).take(0)
     }
 
+    /// Takes the first entry of a queue out that `wanted` accepts, looking at no more than `far`.
+    pub fn take_near(
+        &mut self,
+        queue: Queue,
+        far: usize,
+        wanted: impl Fn(&Entry) -> bool,
+    ) -> Option<Entry> {
+        let line = self.line(queue);
+        let index = line.entries.iter().take(far).position(wanted)?;
+        line.take(index)
+    }
+
     /// Takes the first mapped block out that `wanted` accepts, looking at no more than `far` of each queue.
     pub fn take_mapped(&mut self, far: usize, wanted: impl Fn(Seat) -> bool) -> Option<Entry> {
         self.mapped.iter_mut().find_map(|line| {

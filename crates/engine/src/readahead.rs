@@ -14,6 +14,8 @@
 //!
 //! Nothing here touches memory or the kernel: [`Walks::fault`] is a pure function of what it has seen.
 
+use std::ops::Range;
+
 /// Walks that are remembered for a region.
 const WALKS: usize = 16;
 
@@ -116,6 +118,19 @@ pub struct Window {
     pub step: i64,
     /// How many.
     pub count: u32,
+}
+
+impl Window {
+    /// The last block; the first if there are none.
+    pub fn last(self) -> i64 {
+        self.first + self.step * i64::from(self.count.max(1) - 1)
+    }
+
+    /// From its lowest block to its highest, of a region of so many.
+    pub fn blocks(self, all: u32) -> Range<u32> {
+        let within = |block: i64| block.clamp(0, i64::from(all)) as u32;
+        within(self.first.min(self.last()))..within(self.first.max(self.last()) + 1)
+    }
 }
 
 impl Walks {

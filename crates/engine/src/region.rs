@@ -567,7 +567,7 @@ impl Region {
                 }
             }
             let zapped = body.memory.zap(body.start(block), body.block_len(block));
-            let harvest = engine.harvest_zapped(body, block);
+            let harvest = engine.harvest_zapped(body, body.pages(block));
             let mut table = body.lock();
             record(&mut table, &harvest);
             let state = match zapped {

@@ -278,8 +278,8 @@ impl Engine {
     ) -> Option<bool> {
         match self.victim_of(full, thread, *passed) {
             Victim::NotNow => None,
-            Victim::Zap(seat) => Some(self.with_seat(seat, |victim| {
-                let left = evict::zap(self, victim, seat.block);
+            Victim::Zap(seat, count) => Some(self.with_seat(seat, |victim| {
+                let left = evict::zap(self, victim, seat.block..seat.block + count);
                 if left && *passed > 0 {
                     // It rests behind all those that cannot leave: do not wait for its turn.
                     evict::release(self, victim, seat.block, lead);
@@ -337,8 +337,9 @@ impl Engine {
         for _ in 0..64 + pool.entries() * 2 {
             match pool.choose(thread, self.now_ms(), 0) {
                 Victim::NotNow => return false,
-                Victim::Zap(seat) => {
-                    self.with_seat(seat, |victim| evict::zap(self, victim, seat.block));
+                Victim::Zap(seat, count) => {
+                    let blocks = seat.block..seat.block + count;
+                    self.with_seat(seat, |victim| evict::zap(self, victim, blocks));
                 }
                 Victim::Release(seat) => {
                     let ours = self.with_seat(seat, |victim| {

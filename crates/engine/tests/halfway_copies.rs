@@ -11,36 +11,47 @@ use std::thread;
 use std::time::Duration;
 
 use common::*;
-use userfault_engine::Region;
+use userfault_engine::{Access, Region};
 
 /// Runs this test in a child whose copies break off `times` times, after two pages.
 fn broken(name: &str, times: usize, test: impl FnOnce()) {
+    broken_after(name, times, 2, test);
+}
+
+/// As [`broken`], after so many pages.
+fn broken_after(name: &str, times: usize, pages: usize, test: impl FnOnce()) {
     if apart::is_child(name) {
         return test();
     }
-    let broken = format!("{times},{}", 2 * SMALL);
+    let broken = format!("{times},{}", pages * SMALL);
     let environment = [("USERFAULT_COPY_BREAKS_OFF", broken.as_str())];
     let ended = apart::again(name, Duration::from_secs(60), &environment);
     apart::check(name, &ended);
 }
 
-/// True if the first page of a region is mapped.
-fn first_page_is_mapped(region: &Region) -> bool {
+/// True if a page of a region is mapped.
+fn is_mapped(region: &Region, page: usize) -> bool {
     let pagemap = File::open("/proc/self/pagemap").unwrap();
     let mut entry = [0; 8];
-    let at = (region.base() as usize / SMALL * entry.len()) as u64;
+    let at = ((region.base() as usize / SMALL + page) * entry.len()) as u64;
     pagemap.read_exact_at(&mut entry, at).unwrap();
     u64::from_le_bytes(entry) >> 63 != 0
 }
 
 /// A thread adds to a word of the block's first page while that is in place, long before the block is whole.
 fn count_while(region: &Region, others: impl FnOnce()) -> u64 {
+    count_in(region, 0, others)
+}
+
+/// As [`count_while`], to the second word of any page.
+fn count_in(region: &Region, page: usize, others: impl FnOnce()) -> u64 {
+    let word = page * SMALL / 8 + 1;
     let (stop, sum) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                if first_page_is_mapped(region) {
-                    touch::add_word(region, 1, 1);
+                if is_mapped(region, page) {
+                    touch::add_word(region, word, 1);
                     sum.fetch_add(1, Ordering::Relaxed);
                 }
             }
@@ -90,6 +101,48 @@ fn stays_in_memory(kind: Kind) {
     assert_eq!(store.word(1), before.wrapping_add(sum));
     assert!(store.to_vec()[16..] == patterned(len)[16..]);
     region.close().unwrap();
+}
+
+/// Blocks that come at one go; of each convoy of two and more the second block breaks off after its first page.
+const IN_CONVOYS: Kind = Kind {
+    block: 4 * SMALL,
+    ..COPIED
+};
+
+#[test]
+fn nothing_is_lost_of_any_block_of_a_convoy_that_breaks_off() {
+    let name = "nothing_is_lost_of_any_block_of_a_convoy_that_breaks_off";
+    broken_after(name, 3, 5, || {
+        let len = 8 << 20;
+        let store = Bytes::ready(patterned(len));
+        let region = Region::open(
+            store.clone(),
+            options(IN_CONVOYS, Access::ReadWrite, len, Some(64 << 20)),
+        )
+        .unwrap();
+        // Three touches in a row are a walk: the first convoy is of blocks 3 and 4.
+        let page = 4 * IN_CONVOYS.block / SMALL;
+        let word = page * SMALL / 8 + 1;
+        let before = store.word(word);
+        let sum = count_in(&region, page, || {
+            for at in (0..len).step_by(SMALL) {
+                // Who touches it first brings it in alone.
+                while at == 3 * IN_CONVOYS.block && !is_mapped(&region, page) {
+                    thread::yield_now();
+                }
+                assert_eq!(touch::read(&region, at), pattern(at));
+            }
+        });
+        assert!(
+            store.writes.load(Ordering::Relaxed) > 0,
+            "nothing was halfway"
+        );
+        region.close().unwrap();
+        assert_eq!(store.word(word), before.wrapping_add(sum));
+        let (mut stored, whole) = (store.to_vec(), patterned(len));
+        stored[word * 8..word * 8 + 8].copy_from_slice(&whole[word * 8..word * 8 + 8]);
+        assert!(stored == whole);
+    });
 }
 
 #[test]

@@ -63,7 +63,8 @@ pub struct Copier<'a> {
     buffer: Option<Buffer>,
     used: usize,
     items: Vec<Item>,
-    /// Foreign ranges that are still to be read, and where in the buffer.
+    /// Ranges of one array that are still to be copied, and where in the buffer: foreign ones, for which the kernel
+    /// is asked, and those that go past the caches, where many at a time take less.
     ranges: Vec<(usize, usize)>,
     ranges_at: usize,
     ranges_end: usize,
@@ -105,7 +106,7 @@ impl<'a> Copier<'a> {
         self.past_caches = past;
     }
 
-    /// Copies blocks of an array. `Ok(false)`: there is no buffer any more, the save was given up.
+    /// Copies blocks of an array; some of it may be put off until [`Copier::catch_up`] or [`Copier::send`]. `Ok(false)`: there is no buffer any more, the save was given up.
     pub fn copy(&mut self, data: usize, blocks: Range<usize>) -> Result<bool, Error> {
         let source = &self.sources[data];
         let mut first = blocks.start;
@@ -127,19 +128,14 @@ impl<'a> Copier<'a> {
             first = part.end;
             let (address, len, lead) = source.memory_of(part.clone());
             let at = self.used;
-            if source.own.is_some() {
+            if source.own.is_some() && !self.past_caches {
                 let buffer = self.buffer.as_mut().expect("just taken").bytes_mut();
                 buffer[at..at + lead].fill(0);
-                let into = &mut buffer[at + lead..at + lead + len];
-                if self.past_caches {
-                    source.stream_own(address, into);
-                } else {
-                    source.copy_own(address, into);
-                }
+                source.copy_own(address, &mut buffer[at + lead..at + lead + len]);
             } else {
-                // Whose bytes do not go right behind those of the others is read by itself.
+                // Whose bytes do not go right behind those of the others is copied by itself.
                 if self.ranges_of != data || self.ranges_end != at + lead || lead > 0 {
-                    self.read()?;
+                    self.catch_up()?;
                 }
                 if lead > 0 {
                     self.buffer.as_mut().expect("just taken").bytes_mut()[at..at + lead].fill(0);
@@ -160,21 +156,28 @@ impl<'a> Copier<'a> {
         Ok(true)
     }
 
-    fn read(&mut self) -> Result<(), Error> {
+    /// Copies what has been put off.
+    pub fn catch_up(&mut self) -> Result<(), Error> {
         if self.ranges.is_empty() {
             return Ok(());
         }
         let len: usize = self.ranges.iter().map(|range| range.1).sum();
         let buffer = self.buffer.as_mut().expect("ranges lie in it").bytes_mut();
         let into = &mut buffer[self.ranges_at..self.ranges_at + len];
-        let read = self.sources[self.ranges_of].copy_foreign(&self.ranges, into);
+        let source = &self.sources[self.ranges_of];
+        let copied = if source.own.is_some() {
+            source.stream_own(&self.ranges, into);
+            Ok(())
+        } else {
+            source.copy_foreign(&self.ranges, into)
+        };
         self.ranges.clear();
-        read
+        copied
     }
 
     /// Hands over what there is.
     pub fn send(&mut self) -> Result<(), Error> {
-        self.read()?;
+        self.catch_up()?;
         self.used = 0;
         if let Some(buffer) = self.buffer.take()
             && !self.items.is_empty()

@@ -262,15 +262,20 @@ impl Job {
                     // The cut waits for the saver then: who copies takes work from it.
                     copier.past_caches(!over);
                     copier.hashing(over);
-                    for run in runs {
-                        match copier.copy(data, run) {
-                            Ok(true) => {}
-                            stopped => {
-                                // Given up by somebody who has said why, or failed: nobody needs the rest.
-                                self.shares.give_up(false);
-                                return stopped.map(|_| ());
+                    let copied = runs
+                        .into_iter()
+                        .try_fold(true, |going, run| Ok(going && copier.copy(data, run)?))
+                        .and_then(|going| {
+                            // What is put off is copied before the next task: nobody waits for long.
+                            if going {
+                                copier.catch_up()?;
                             }
-                        }
+                            Ok(going)
+                        });
+                    if !matches!(copied, Ok(true)) {
+                        // Given up by somebody who has said why, or failed: nobody needs the rest.
+                        self.shares.give_up(false);
+                        return copied.map(|_| ());
                     }
                 }
             }

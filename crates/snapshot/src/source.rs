@@ -128,12 +128,14 @@ impl Source {
         }
     }
 
-    /// As [`Source::copy_own`], past the caches: see [`stream`].
-    pub fn stream_own(&self, address: usize, into: &mut [u8]) {
+    /// Copies ranges of our own memory, address and bytes each, one behind the other, past the caches: see [`stream`].
+    pub fn stream_own(&self, ranges: &[(usize, usize)], into: &mut [u8]) {
         let own = self.own.as_ref().expect("our own memory");
-        assert!(address >= own.start() && address + into.len() <= own.start() + own.len());
+        for &(address, len) in ranges {
+            assert!(address >= own.start() && address + len <= own.start() + own.len());
+        }
         // SAFETY: in bounds of memory that `own` keeps mapped, and that `into` is no part of.
-        unsafe { stream::copy(address as *const u8, into) }
+        unsafe { stream::copy(ranges, into) }
     }
 
     /// Copies ranges of memory that somebody else owns, one behind the other.

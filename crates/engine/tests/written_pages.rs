@@ -196,3 +196,53 @@ fn what_one_consumer_leaves_unprotected_the_other_hears_of_as_well() {
         }
     }
 }
+
+#[test]
+fn a_table_that_was_thrown_away_and_written_to_since_is_named_whole() {
+    let memory = Memory::new();
+    let ledger = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    ledger.take(0..PAGES);
+    memory.throw_away(WHOLE);
+    // Whichever page it is that has the table made anew.
+    for page in [700, 492, 1515] {
+        memory.write(page);
+        assert_eq!(
+            each(ledger.take_written(0..PAGES).unwrap()),
+            WHOLE.collect()
+        );
+    }
+    ledger.harvest(ledger.start(), ledger.len()).unwrap();
+    assert_eq!(each(ledger.take(0..PAGES)), WHOLE.collect());
+    assert_eq!(ledger.take_written(0..PAGES).unwrap(), []);
+}
+
+#[test]
+fn what_is_known_and_what_the_kernel_knows_is_named_once_and_in_order() {
+    let memory = Memory::new();
+    let ledger = Ledger::open(memory.0 as usize, PAGES * PAGE).unwrap();
+    ledger.take(0..PAGES);
+    for known in [9..10, 20..30, 40..42, 600..601, 900..1000] {
+        ledger.put_back(known);
+    }
+    for page in [4, 10, 11, 25, 39, 41, 43, 599, 1550] {
+        memory.write(page);
+    }
+    assert_eq!(
+        ledger.take_written(0..1500).unwrap(),
+        [4..5, 9..12, 20..30, 39..42, 43..44, 599..601, 900..1000]
+    );
+    // What was known is not any more; what is not protected is named again.
+    assert_eq!(
+        ledger.take_written(0..PAGES).unwrap(),
+        [
+            4..5,
+            10..12,
+            25..26,
+            39..40,
+            41..42,
+            43..44,
+            599..600,
+            1550..1551
+        ]
+    );
+}

@@ -233,8 +233,13 @@ impl Ledger {
         // No harvest of another consumer may be between the kernel and our map.
         let _ledgers = engine.tracked.ledgers.read();
         let written = scan(engine, start..start + len, 0).map_err(|_| gone(start, len))?;
-        self.pages.note(&written);
-        Ok(self.take(pages))
+        // They need not go through the map to be taken out of it again: two threads ask at a time.
+        let known = self.take(pages);
+        let from = self.start();
+        let found = written
+            .into_iter()
+            .map(|run| (run.start - from) / page..(run.end - from) / page);
+        Ok(union(known, found.collect()))
     }
 
     /// The number of pages that have been written, also those that only the kernel knows; what both know may
@@ -341,6 +346,26 @@ impl Drop for Ledger {
     }
 }
 
+/// Runs of two lists in order, put together where they meet.
+fn union(mut runs: Vec<Range<usize>>, more: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    if runs.is_empty() {
+        runs = more;
+    } else {
+        runs.extend(more);
+    }
+    if !runs.is_sorted_by_key(|run| run.start) {
+        runs.sort_unstable_by_key(|run| run.start);
+    }
+    runs.dedup_by(|next, run| {
+        let meet = next.start <= run.end;
+        if meet {
+            run.end = run.end.max(next.end);
+        }
+        meet
+    });
+    runs
+}
+
 /// Where the memory of the next table begins.
 fn next_table(at: usize) -> usize {
     (at / TABLE + 1) * TABLE
@@ -363,7 +388,8 @@ fn scan(engine: &Engine, range: Range<usize>, flags: u64) -> std::io::Result<Vec
             found.push(region.start as usize..region.end as usize);
         })?;
     // A page that was thrown away reads as zeros. Its entry, neither there nor a marker, counts as written;
-    // but if its page table went too, nothing is left to say so. One page tells that of a whole table.
+    // but if its page table went too, nothing is left to say so. One page tells that of a whole table, and any
+    // page of it that counts as written says that the table is there.
     let nothing = PAGE_IS_PRESENT | PAGE_IS_SWAPPED;
     let thrown_away = Scan {
         inverted: nothing,
@@ -376,24 +402,27 @@ fn scan(engine: &Engine, range: Range<usize>, flags: u64) -> std::io::Result<Vec
         ..thrown_away
     };
     let named = found.len();
-    let mut at = range.start;
+    let (mut at, mut run) = (range.start, 0);
     while at < range.end {
         let end = next_table(at).min(range.end);
+        while run < named && found[run].end <= at {
+            run += 1;
+        }
+        let has_table = run < named && found[run].start < end;
         let first = at..at + small_page();
         // The call takes a third longer if it is given room for all.
-        let one = &mut regions[..1];
-        if engine.pagemap.scan(first, &asked, one)?.regions > 0 {
-            let before = found[..named].partition_point(|run| run.end <= at);
-            let has_table = found[..named]
-                .get(before)
-                .is_some_and(|run| run.start <= at);
-            if !has_table {
-                engine
-                    .pagemap
-                    .scan_each(at..end, &thrown_away, &mut regions, |region| {
-                        found.push(region.start as usize..region.end as usize);
-                    })?;
-            }
+        if !has_table
+            && engine
+                .pagemap
+                .scan(first, &asked, &mut regions[..1])?
+                .regions
+                > 0
+        {
+            engine
+                .pagemap
+                .scan_each(at..end, &thrown_away, &mut regions, |region| {
+                    found.push(region.start as usize..region.end as usize);
+                })?;
         }
         at = end;
     }

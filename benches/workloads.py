@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path)
     parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--block", type=int, default=PAGE)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--count", type=int, default=0)

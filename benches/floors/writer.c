@@ -62,25 +62,35 @@ struct part {
 };
 
 #ifdef __x86_64__
-// Whole lines past the caches, which is the quickest way to copy pages that nobody reads soon.
-__attribute__((target("avx512f"))) static void copy_lines(char *into, const char *from) {
-    for (int at = 0; at < 4096; at += 64) _mm512_stream_si512((void *)(into + at), _mm512_loadu_si512(from + at));
-}
-#endif
-
-static void copy_page(char *into, const char *from) {
-#ifdef __x86_64__
-    if (__builtin_cpu_supports("avx512f") && (uintptr_t)into % 64 == 0) {
-        copy_lines(into, from);
-        return;
+// Whole lines past the caches, which is the quickest way to copy pages that nobody reads soon: of four pages in turn
+// two lines each, while the first lines of the next four are fetched.
+__attribute__((target("avx512f"))) static uint64_t copy_lines(const struct part *p) {
+    uint64_t i = 0;
+    for (; i + 4 <= p->count; i += 4) {
+        for (uint64_t next = i + 4; next < i + 8 && next < p->count; next++) {
+            const char *from = p->base + (uint64_t)p->pages[next] * 4096;
+            _mm_prefetch(from, _MM_HINT_T0);
+            _mm_prefetch(from + 64, _MM_HINT_T0);
+        }
+        for (int at = 0; at < 4096; at += 128)
+            for (int page = 0; page < 4; page++) {
+                const char *from = p->base + (uint64_t)p->pages[i + page] * 4096 + at;
+                char *into = p->into + (i + page) * 4096 + at;
+                _mm512_stream_si512((void *)into, _mm512_loadu_si512(from));
+                _mm512_stream_si512((void *)(into + 64), _mm512_loadu_si512(from + 64));
+            }
     }
-#endif
-    memcpy(into, from, 4096);
+    return i;
 }
+#endif
 
 static void *copy_part(void *argument) {
     struct part *p = argument;
-    for (uint64_t i = 0; i < p->count; i++) copy_page(p->into + i * 4096, p->base + (uint64_t)p->pages[i] * 4096);
+    uint64_t i = 0;
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f") && (uintptr_t)p->into % 64 == 0) i = copy_lines(p);
+#endif
+    for (; i < p->count; i++) memcpy(p->into + i * 4096, p->base + (uint64_t)p->pages[i] * 4096, 4096);
 #ifdef __x86_64__
     _mm_sfence();
 #endif

@@ -156,6 +156,8 @@ def _userfault(
     if "inline" in words:
         options["fault"] = "inline"
     try:
+        # In a control group the process's own limit is half of what the group leaves, and would hold instead.
+        userfault.set_memory_limit(max(limit, userfault.stats().limit))
         store = userfault.ZeroStore(length) if "zero" in words else path
         mode = "c" if "private" in words else "r+" if write else "r"
         region = userfault.open(store, mode, length=length, **options)

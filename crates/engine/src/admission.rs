@@ -3,7 +3,8 @@
 //! Ordinarily the door is wide: a fill waits only while so many are under way that a store which is slow or hangs
 //! would take the threads of other stores, and who came first is next.
 //!
-//! When memory is *short*, that is, full and with fewer than eight blocks for each thread that faults, that order is
+//! When memory is *short*, that is, full (by the region's limit or the process's, a control group or the kernel) and
+//! with fewer than eight blocks for each thread that faults, that order is
 //! the worst: each thread is given a block in turn, and what it was given before leaves to make room
 //! for the others, so all of them read the same blocks again and again (thrashing; Denning, "The Working Set Model
 //! for Program Behavior", 1968). Then the door is *narrow*, and who came last is next: that is a thread which ran a

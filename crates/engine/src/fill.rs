@@ -177,11 +177,7 @@ impl Engine {
     /// How many fills of a region are let in now.
     pub(crate) fn door(&self, body: &Body, table: &Table) -> Door {
         let wide = Door::wide(most_of_one(body.block));
-        let short = !table.fills.is_quiet()
-            && self
-                .pool_of(body)
-                .is_short(self.now_ms(), table.fills.queue());
-        if short {
+        if !table.fills.is_quiet() && self.is_short(body, table.fills.queue()) {
             table.fills.narrow(wide)
         } else {
             wide
@@ -211,6 +207,7 @@ impl Engine {
         let now = Instant::now();
         let tried = match tried {
             Tried::Refused(error) => {
+                self.pool.refuse(self.now_ms());
                 self.make_way(&body, filling.thread, lead);
                 filling.refused = Some(error);
                 Tried::NoRoom

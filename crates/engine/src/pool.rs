@@ -82,6 +82,8 @@ pub struct PoolState {
     threads: HashMap<u32, u32>,
     /// Faults that wait for memory.
     waiting: usize,
+    /// When memory was refused last that the limit leaves: by a control group, or by the kernel.
+    refused: Option<u32>,
 }
 
 /// A limit with its queues.
@@ -160,7 +162,10 @@ impl PoolState {
     /// True if the blocks in memory are too few for every thread that faults to have so many. `more` threads
     /// fault beside those that were given a block lately.
     fn short(&mut self, now: u32, more: usize, each: usize) -> bool {
-        let blocks = self.policy.mapped();
+        self.too_few(self.policy.mapped(), now, more, each)
+    }
+
+    fn too_few(&mut self, blocks: usize, now: u32, more: usize, each: usize) -> bool {
         if blocks <= each * (self.threads.len() + more + 1) {
             self.threads
                 .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
@@ -302,12 +307,27 @@ impl Pool {
         state.used + state.charged > state.effective()
     }
 
-    /// True if the pool is full, and its blocks are too few for every thread that faults to go on for a while.
-    /// `waiting` fault beside those that were given a block lately.
-    pub fn is_short(&self, now: u32, waiting: usize) -> bool {
-        let mut state = self.state.lock();
+    /// Notes that memory was refused that the limit leaves: for a moment the pool counts as full.
+    pub fn refuse(&self, now: u32) {
+        self.state.lock().refused = Some(now);
+    }
+
+    /// True if hardly anything is left of the limit, or what is left was refused a moment ago.
+    pub fn is_full(&self, now: u32) -> bool {
+        let state = self.state.lock();
         let (limit, used) = (state.effective(), state.used + state.charged);
-        used > limit - limit / 8 && state.short(now, waiting, BLOCKS_TO_WALK)
+        used > limit - limit / 8
+            || state
+                .refused
+                .is_some_and(|last| now.wrapping_sub(last) < ACTIVE_MS)
+    }
+
+    /// True if the blocks in memory are too few for every thread that faults to go on for a while. `waiting` fault
+    /// beside those that were given a block lately. `most` blocks are all that can be in memory, if that is known.
+    pub fn has_few(&self, now: u32, waiting: usize, most: Option<usize>) -> bool {
+        let mut state = self.state.lock();
+        let blocks = most.unwrap_or(state.policy.mapped());
+        state.too_few(blocks, now, waiting, BLOCKS_TO_WALK)
     }
 
     /// Who leaves next, for a fault of `thread`.
@@ -470,6 +490,37 @@ mod tests {
             "10 is young"
         );
         assert_eq!(pool.choose(1, 100, 0), Victim::Zap(other, 1));
+    }
+
+    #[test]
+    fn a_pool_is_full_near_its_limit_and_for_a_moment_after_less_was_refused() {
+        let pool = pool(64);
+        assert!(!pool.is_full(0), "nothing was ever refused");
+        assert!(pool.reserve(32));
+        assert!(!pool.is_full(1000));
+        pool.refuse(1000);
+        assert!(pool.is_full(1000) && pool.is_full(1000 + ACTIVE_MS - 1));
+        assert!(!pool.is_full(1000 + ACTIVE_MS));
+        assert!(pool.reserve(28));
+        assert!(pool.is_full(5000));
+    }
+
+    #[test]
+    fn few_blocks_are_less_than_eight_for_each_thread_that_faults() {
+        let pool = pool(64);
+        for block in 0..64 {
+            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 0);
+        }
+        for thread in 1..=4 {
+            pool.given(thread, seat(thread), 1000);
+        }
+        assert!(!pool.has_few(1000, 2, None), "64 for 6 and the next");
+        assert!(pool.has_few(1000, 3, None), "64 for 7 and the next");
+        assert!(
+            pool.has_few(1000, 0, Some(40)),
+            "not all of its limit is to be had"
+        );
+        assert!(!pool.has_few(1000 + ACTIVE_MS, 0, Some(40)), "who stopped");
     }
 
     #[test]

@@ -109,11 +109,28 @@ impl Engine {
         }
         if fits {
             self.pool.give_back(bytes);
+            self.pool.refuse(self.now_ms());
         }
         if let Some(own) = own {
             own.give_back(bytes);
         }
         Err(&self.pool)
+    }
+
+    /// True if memory is full, and holds too few blocks for every thread that touches `body` to go on for a while.
+    /// `waiting` of them wait to be let in.
+    ///
+    /// What is full may be the region's own limit or the process's, which bounds all regions: by default it is a share
+    /// of what the machine and a control group leave, and may be less than a region was allowed.
+    pub(crate) fn is_short(&self, body: &Body, waiting: usize) -> bool {
+        let now = self.now_ms();
+        let Some(own) = body.own_pool.as_deref() else {
+            return self.pool.is_full(now) && self.pool.has_few(now, waiting, None);
+        };
+        // Other regions' blocks leave for this one as well: all that are in memory count.
+        let all = || (self.pool.figures().used / body.block as u64) as usize;
+        (own.is_full(now) && own.has_few(now, waiting, None))
+            || (self.pool.is_full(now) && own.has_few(now, waiting, Some(all())))
     }
 
     /// Takes `bytes` for memory that is never evicted; regions make room. Fails if the limit, or the

@@ -27,6 +27,7 @@ use crate::presumption::Presumption;
 use crate::readahead::{Advice, Walks, Window};
 use crate::shortage::Told;
 use crate::stats::Counters;
+use crate::store_mapping::StoreMapping;
 use crate::table::Table;
 use crate::{Access, Kept, OnError, fork};
 
@@ -83,6 +84,8 @@ pub(crate) struct Body {
     pub(crate) counters: Counters,
     walks: Lock<Walking>,
     pub(crate) presumption: Presumption,
+    /// The store's file, where that is in memory.
+    pub(crate) store_mapping: StoreMapping,
     /// Where the touchers of a region with `fault="inline"` sleep; `None` if its faults are messages.
     pub(crate) doors: Option<Doors>,
 }
@@ -155,7 +158,9 @@ impl Drop for Body {
             inline.forget(main);
         }
         self.memory.unmap_main();
+        let tables = self.store_mapping.end();
         if let Some(engine) = Engine::existing() {
+            engine.charge(self, -tables);
             let before = self.given_back.load(Ordering::Acquire);
             let late = self.in_memory().saturating_sub(before);
             engine.give_back(self, late);
@@ -209,6 +214,7 @@ impl Body {
             counters: Counters::new(),
             walks: Lock::default(),
             presumption: Presumption::default(),
+            store_mapping: StoreMapping::default(),
             doors: plan.inline.then(Doors::default),
         }
     }

@@ -19,6 +19,7 @@ use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::errand::{call, late};
 use crate::error::Error;
+use crate::evict;
 use crate::kernel::{Evidence, record};
 use crate::protect::protect_again;
 use crate::staging;
@@ -196,9 +197,8 @@ fn write_back(
     while let Some(run) = runs.first_mut() {
         let part = run.start..run.end.min(run.start + (TOGETHER / page).max(1));
         let (start, len) = (part.start * page, part.len() * page);
-        // What rests cannot change under its owner, and is written as it stands.
         result = if resting {
-            body.write_store(start, body.memory.resting_bytes(start, len), true)
+            evict::write_resting(engine, body, start, len)
         } else {
             staging::with(engine, len, |buffer| {
                 body.memory.copy_held(start, buffer);

@@ -115,11 +115,8 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         homeward::ask(engine);
     }
     while let Some(run) = runs.first().cloned() {
-        let bytes = body
-            .memory
-            .resting_bytes(run.start * page, run.len() * page);
         let watch = lead.watch_write();
-        let written = body.write_store(run.start * page, bytes, true);
+        let written = write_resting(engine, body, run.start * page, run.len() * page);
         lead.write_ended(watch);
         if let Err(error) = written {
             body.write_failed(engine.now_ms());
@@ -147,6 +144,19 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         engine.wake(body, block);
     }
     true
+}
+
+/// Writes bytes of blocks that rest and that the caller owns: they cannot change, and are written as they stand.
+pub(crate) fn write_resting(
+    engine: &Engine,
+    body: &Body,
+    start: usize,
+    len: usize,
+) -> Result<(), Error> {
+    if engine.write_to_store(body, start, len) {
+        return Ok(());
+    }
+    body.write_store(start, body.memory.resting_bytes(start, len), true)
 }
 
 /// Ends an eviction that did not come to its end: the block rests, with all its data.

@@ -388,12 +388,20 @@ impl Engine {
     fn fill_by_view(&'static self, filling: &Filling, lead: &mut Lead) -> Tried {
         let (body, block) = (&filling.body, filling.block);
         let (start, len) = (body.start(block), body.block_len(block));
+        if self.fill_from_store(body, block) {
+            return Tried::Mapped;
+        }
         if let Err(error) = body.memory.claim(start, len) {
             let _ = body.memory.punch(start, len);
             return refused(error);
         }
-        let buffer = body.memory.owned_block(filling, start, len);
-        match self.read(filling, buffer, lead) {
+        let read = if self.read_from_store(body, start, len) {
+            Ok(true)
+        } else {
+            let buffer = body.memory.owned_block(filling, start, len);
+            self.read(filling, buffer, lead)
+        };
+        match read {
             Ok(true) => match self
                 .uncovered(body, block)
                 .and_then(|()| self.map_claimed(body, block))

@@ -344,6 +344,22 @@ impl Engine {
         }
     }
 
+    /// Puts one huge page of bytes from `from`, where the kernel finds them, into a block of that size, and maps and
+    /// wakes it. False if nothing happened: a page is there whole or not at all.
+    pub(crate) fn copy_page_bare(&self, body: &Body, block: u32, from: usize) -> bool {
+        let (start, len) = (body.start(block), body.block_len(block));
+        debug_assert_eq!(len, body.memory.page());
+        let mode = if body.writable() && !self.presumes_written(body, block) {
+            UFFDIO_COPY_MODE_WP
+        } else {
+            0
+        };
+        let address = body.memory.main() + start;
+        // SAFETY: the caller owns the block. `from` is read by the kernel alone, which says EFAULT where it cannot.
+        let outcome = unsafe { self.uffd_of(body).copy(address, from, len, mode) };
+        outcome.is_ok()
+    }
+
     /// As [`Engine::map_claimed`], for a handler: true if every page is mapped now. If not, some may be.
     pub(crate) fn map_claimed_bare(&self, body: &Body, block: u32) -> bool {
         let (start, len) = (body.start(block), body.block_len(block));

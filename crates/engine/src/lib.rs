@@ -23,6 +23,7 @@
 //! | `errand` | calls of stores on behalf of somebody who does not wait for ever |
 //! | `abilities` | what the running kernel has, and what takes the place of what it lacks |
 //! | `memory`, `huge_tmpfs`, `kernel` | mappings, huge pages, and what is asked of the kernel |
+//! | `store_mapping` | stores that are in memory themselves: the kernel copies straight from there, and to there |
 //! | `staging`, `buffer` | bytes between a store and memory that others may see, and what they lie in |
 //! | `readahead` | walks, and what to bring in for them |
 //! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
@@ -103,6 +104,7 @@ mod shortage;
 mod signals;
 mod staging;
 mod stats;
+mod store_mapping;
 mod table;
 mod threads;
 mod trace;

@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use crate::defects::{Defect, put_back};
@@ -70,9 +70,29 @@ pub struct Memory {
 }
 
 fn map(at: usize, len: usize, prot: i32, flags: i32, fd: RawFd) -> Result<usize, Error> {
+    map_at(at, len, prot, flags, fd, 0)
+}
+
+fn map_at(
+    at: usize,
+    len: usize,
+    prot: i32,
+    flags: i32,
+    fd: RawFd,
+    offset: u64,
+) -> Result<usize, Error> {
     // SAFETY: either the kernel chooses the address, or `at` lies in a range that this file reserved
     // or mapped before, so MAP_FIXED replaces nothing that belongs to somebody else.
-    let address = unsafe { libc::mmap(at as *mut libc::c_void, len, prot, flags, fd, 0) };
+    let address = unsafe {
+        libc::mmap(
+            at as *mut libc::c_void,
+            len,
+            prot,
+            flags,
+            fd,
+            offset as libc::off_t,
+        )
+    };
     if address == libc::MAP_FAILED {
         return Err(Error::last_os(
             "mmap",
@@ -118,6 +138,33 @@ fn reserve(len: usize) -> Result<usize, Error> {
         unmap(start + len, tail);
     }
     Ok(start)
+}
+
+/// Maps a part of a file for the kernel to copy from, and to if it is `writable`. Nothing of it is brought in.
+pub(crate) fn map_file(
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    len: usize,
+    writable: bool,
+) -> Result<usize, Error> {
+    let start = reserve(len)?;
+    let prot = if writable {
+        libc::PROT_READ | libc::PROT_WRITE
+    } else {
+        libc::PROT_READ
+    };
+    let flags = libc::MAP_FIXED | libc::MAP_NORESERVE | libc::MAP_SHARED;
+    let opened = map_at(start, len, libc::PROT_NONE, flags, fd.as_raw_fd(), offset)
+        .and_then(|start| open_up(start, len, prot).map(|()| start));
+    if opened.is_err() {
+        unmap(start, len);
+    }
+    opened
+}
+
+/// Ends a mapping of [`map_file`]. Nobody uses it any more.
+pub(crate) fn unmap_file(start: usize, len: usize) {
+    unmap(start, len);
 }
 
 fn memfd(flags: libc::c_uint) -> io::Result<File> {

@@ -610,6 +610,7 @@ impl Region {
         };
         engine.settle_tables(body);
         if idle {
+            engine.charge(body, -body.store_mapping.end());
             body.memory.drop_view();
             body.view_gone.store(true, Ordering::Release);
             let mut gone = self.kept();

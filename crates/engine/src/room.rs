@@ -192,7 +192,11 @@ impl Engine {
     /// Charges page tables that came into use to the pools, and gives back those that went.
     pub(crate) fn settle_tables(&self, body: &Body) {
         let spans = body.lock().settle_spans();
-        let bytes = spans.unsigned_abs() * body.span_tables();
+        self.charge(body, spans * body.span_tables() as i64);
+    }
+
+    /// Charges bytes of page tables to the pools that pay for a region, or gives so many back.
+    pub(crate) fn charge(&self, body: &Body, bytes: i64) {
         if bytes == 0 {
             return;
         }
@@ -200,10 +204,10 @@ impl Engine {
             .into_iter()
             .flatten()
         {
-            if spans > 0 {
-                pool.charge(bytes)
+            if bytes > 0 {
+                pool.charge(bytes.unsigned_abs())
             } else {
-                pool.discharge(bytes)
+                pool.discharge(bytes.unsigned_abs())
             }
         }
     }

@@ -147,6 +147,15 @@ fn alignment(file: &File) -> Option<(usize, usize)> {
 
 /// True for tmpfs, ramfs and hugetlbfs: the page cache is the store, there is nothing to go past.
 pub(crate) fn in_memory(file: &File) -> bool {
+    is_tmpfs(file) || is_of(file, &[libc::HUGETLBFS_MAGIC as u32, RAMFS_MAGIC])
+}
+
+/// True for tmpfs.
+pub(crate) fn is_tmpfs(file: &File) -> bool {
+    is_of(file, &[libc::TMPFS_MAGIC as u32])
+}
+
+fn is_of(file: &File, kinds: &[u32]) -> bool {
     let mut stat = MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: `stat` has room for the result.
     if unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
@@ -154,10 +163,5 @@ pub(crate) fn in_memory(file: &File) -> bool {
     }
     // SAFETY: zeroed bytes are a valid statfs, and the kernel filled it in.
     let kind = unsafe { stat.assume_init() }.f_type as u32;
-    [
-        libc::TMPFS_MAGIC as u32,
-        libc::HUGETLBFS_MAGIC as u32,
-        RAMFS_MAGIC,
-    ]
-    .contains(&kind)
+    kinds.contains(&kind)
 }

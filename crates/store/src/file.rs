@@ -12,7 +12,7 @@
 //! Direct and buffered I/O meet on one file only through this type. The kernel writes back and drops cached
 //! pages of a range before and after direct writes, and writes them back before direct reads, so the two agree.
 //!
-//! Unsafe: fallocate(2) and sysconf(3), which std does not have.
+//! Unsafe: fallocate(2), futimens(3) for whoever may write, and sysconf(3), which std does not have.
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Store;
@@ -158,6 +159,10 @@ pub struct FileStore {
     len: u64,
     writable: bool,
     in_memory: bool,
+    /// It is a file of a tmpfs.
+    tmpfs: bool,
+    /// Bytes of it were changed through a mapping, of which nobody has told the file's time yet.
+    changed: AtomicBool,
     page: u64,
     cache: PageCache,
     direct: Option<Direct>,
@@ -223,6 +228,8 @@ impl FileStore {
             len,
             writable,
             in_memory: direct::in_memory(&file),
+            tmpfs: direct::is_tmpfs(&file),
+            changed: AtomicBool::new(false),
             page: page_size(),
             cache: PageCache::default(),
             // A file that no call can read so much of needs no second descriptor.
@@ -392,6 +399,23 @@ impl Store for FileStore {
             .map(|file| (file, offset))
     }
 
+    fn in_memory(&self, offset: u64, len: usize) -> Option<(BorrowedFd<'_>, u64)> {
+        let there = self.tmpfs && self.existing(offset, len) == len;
+        let whole = || {
+            self.file
+                .metadata()
+                .is_ok_and(|meta| meta.len() >= self.len)
+        };
+        (there && whole()).then(|| (self.file.as_fd(), offset))
+    }
+
+    /// A write through a mapping does not change the file's time, but whoever makes backups looks at that.
+    fn was_written(&self) {
+        if !self.changed.swap(true, Ordering::Relaxed) {
+            touch(&self.file);
+        }
+    }
+
     fn will_read(&self, offset: u64, len: u64) -> bool {
         let len = self.existing(offset, usize::try_from(len).unwrap_or(usize::MAX));
         if self.in_memory || len == 0 {
@@ -475,6 +499,9 @@ impl Store for FileStore {
         if !self.writable {
             return Ok(());
         }
+        if self.changed.swap(false, Ordering::Relaxed) {
+            touch(&self.file);
+        }
         self.writeback.sync(&self.file)
     }
 
@@ -495,6 +522,12 @@ impl AsFd for FileStore {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Says that a file was changed now. To both of its times: that is allowed to whoever may write it.
+fn touch(file: &File) {
+    // SAFETY: takes a descriptor that `file` keeps open. What is written is in the file whatever the answer.
+    let _ = unsafe { libc::futimens(file.as_raw_fd(), std::ptr::null()) };
 }
 
 /// Runs a call again for as long as a signal interrupts it.

@@ -83,6 +83,17 @@ pub trait Store: Send + Sync {
         None
     }
 
+    /// The file that a range is in, and the offset there, where that file is in memory itself and as long as it was:
+    /// for callers who map it and have the kernel copy from there instead of calling [`Store::read`], and to there, if
+    /// the store is [`Store::writable`], instead of [`Store::write_leaving`]. `None` anywhere else. They must not touch
+    /// the mapping themselves, for somebody may cut the file short; whatever goes wrong, `read` and `write` say what it is.
+    fn in_memory(&self, _offset: u64, _len: usize) -> Option<(BorrowedFd<'_>, u64)> {
+        None
+    }
+
+    /// Says that bytes were written through a mapping of [`Store::in_memory`].
+    fn was_written(&self) {}
+
     /// Says that a range will be read soon, in small parts, so that the store may fetch it at one go. Returns at
     /// once; true if [`Store::was_read`] is to follow.
     fn will_read(&self, _offset: u64, _len: u64) -> bool {

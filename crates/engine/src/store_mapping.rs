@@ -17,8 +17,9 @@
 //! * A block that is copied has an owner, who also owns its bytes in the store. So nobody reads here what another one
 //!   writes, and the mapping goes when the view does.
 //!
-//! Only huge pages come this way. Small ones are looked up one by one in any case, and a copy of a hot buffer is
-//! as fast as one from here: a sort on 4 KiB pages took as long.
+//! Only huge pages come in this way. Small ones are looked up one by one in any case, and a copy of a hot buffer is
+//! as fast as one from here: a sort on 4 KiB pages took as long. Any pages leave this way, if enough of them leave
+//! at once.
 //!
 //! Locks: the list of what is mapped is a leaf.
 //!
@@ -37,6 +38,9 @@ use crate::stats::add;
 
 /// Page tables are at most one in so many bytes of the limit.
 const SHARE: u64 = 64;
+
+/// Bytes to be written at once before that pays: a page table may have to be made, and another one given back.
+const LEAST_WRITTEN: usize = 64 << 10;
 
 /// Pages that mincore is asked for at once.
 const ASKED: usize = 512;
@@ -197,7 +201,11 @@ impl StoreMapping {
 impl Engine {
     /// Where bytes of a region's store are mapped, for the kernel to copy from or to.
     fn in_store(&self, body: &Body, start: usize, len: usize, what_for: For) -> Option<usize> {
-        if !body.memory.huge()
+        let pays = match what_for {
+            For::Reading => body.memory.huge(),
+            For::Writing => len >= LEAST_WRITTEN,
+        };
+        if !pays
             || self.hashing
             || self.evidence(body) == Evidence::Table
             || body.stored(start, len) != len

@@ -17,6 +17,7 @@ use crate::homeward;
 use crate::kernel::record;
 use crate::policy::Queue;
 use crate::room::claim_victim;
+use crate::staging;
 use crate::stats::add;
 use crate::workers::Lead;
 
@@ -156,7 +157,13 @@ pub(crate) fn write_resting(
     if engine.write_to_store(body, start, len) {
         return Ok(());
     }
-    body.write_store(start, body.memory.resting_bytes(start, len), true)
+    if !body.memory.is_copied_out() {
+        return body.write_store(start, body.memory.resting_bytes(start, len), true);
+    }
+    staging::with(engine, len, |bytes| {
+        body.memory.copy_held(start, bytes);
+        body.write_store(start, bytes, true)
+    })
 }
 
 /// Ends an eviction that did not come to its end: the block rests, with all its data.

@@ -104,8 +104,8 @@ def command(comparison: Comparison, contestant: Contestant) -> list[str]:
     return ["-m", "benches.workloads", *comparison.workload, *contestant.arguments]
 
 
-def take(comparison: Comparison, contestant: Contestant) -> Sample:
-    """One sample, in a process of its own."""
+def take(comparison: Comparison, contestant: Contestant, under: tuple[str, ...] = ()) -> Sample:
+    """One sample, in a process of its own; `under` begins a command line that runs another one."""
     try:
         with contextlib.ExitStack() as stack:
             environment = clean_environment()
@@ -118,7 +118,7 @@ def take(comparison: Comparison, contestant: Contestant) -> Sample:
             if contestant.huge_pages:
                 stack.enter_context(reserved(contestant.huge_pages))
                 touch_memory(contestant.huge_pages * HUGE, mmap.MAP_PRIVATE | MAP_HUGETLB)
-            line = [sys.executable, *command(comparison, contestant), *further]
+            line = [*under, sys.executable, *command(comparison, contestant), *further]
             if contestant.cgroup:
                 line = stack.enter_context(MemoryCgroup(contestant.cgroup)).joining(line)
             sample = _child(line, environment, contestant.patience)

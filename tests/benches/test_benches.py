@@ -19,6 +19,7 @@ from benches.compare import Bar, Comparison, Contestant, Result, clean_environme
 from benches.files import fresh, is_sorted
 from benches.measurements import COMPARISONS
 from benches.native import library
+from benches.profile import heading, shares
 from benches.snapshots import excess
 from benches.workloads import sort_part, zipf_trace
 
@@ -260,3 +261,27 @@ def test_what_a_point_makes_of_a_write_is_told_from_the_noise_of_the_machine() -
     assert excess(during, alone, 0.99) == 40_000
     # Without a point nothing is left but the writes themselves.
     assert excess(quiet, alone, 0.9) <= 800
+
+
+def test_a_profile_puts_each_function_under_one_heading() -> None:
+    report = """
+# Overhead;Shared Object;Symbol
+ 21.88% ;[kernel.kallsyms]  ;[k] _copy_to_iter
+  6.40% ;[kernel.kallsyms]  ;[k] clear_page_erms
+  4.53% ;[kernel.kallsyms]  ;[k] rwsem_spin_on_owner
+  1.18% ;[kernel.kallsyms]  ;[k] hugetlb_change_protection
+  0.30% ;_multiarray_umath.so  ;[.] partition<zmm_vector<unsigned long>, Comparator, false>
+  0.20% ;_native.abi3.so  ;[.] userfault_engine::fill
+"""
+    got = {
+        function: (percent, heading(where, function))
+        for percent, where, function in shares(report.splitlines())
+    }
+    assert got == {
+        "_copy_to_iter": (21.88, "copying"),
+        "clear_page_erms": (6.4, "clearing pages"),
+        "rwsem_spin_on_owner": (4.53, "waiting and scheduling"),
+        "hugetlb_change_protection": (1.18, "mappings, faults, other processors"),
+        "partition<zmm_vector<unsigned long>, Comparator, false>": (0.3, "the work itself"),
+        "userfault_engine::fill": (0.2, "other code of the process"),
+    }

@@ -433,11 +433,11 @@ pub fn run(saver: &Mutex<Saver>, shared: &Shared, draining: Option<Draining>) {
             Command::Save(job) => {
                 job.help_to_cut(shared);
                 saver.lock().save(&job);
-                // It found the saver busy, or had given up.
-                draining.iter().for_each(Draining::ask);
             }
             Command::Prune(keep) => saver.lock().prune(keep),
         }
+        // It found the saver busy, or had given up.
+        draining.iter().for_each(Draining::ask);
         shared.command_done();
     }
     drop(draining);

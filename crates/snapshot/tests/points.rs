@@ -438,3 +438,47 @@ fn what_a_prune_costs_does_not_grow_with_the_points_that_have_been() {
     assert_eq!(read(&folder.0, 22, 0).len(), 8 * MIB);
     assert_eq!(verify(&folder.0, None, &mut |_| true).unwrap().damage, []);
 }
+
+#[test]
+fn the_drain_goes_on_after_a_prune_that_took_longer_than_its_pauses() {
+    let folder = Folder::new();
+    let len = 4 * MIB;
+    let mut memory = Memory::Own(Tracked::new(len, Pages::Small).unwrap(), len);
+    let (slow, writes) = (
+        Arc::new(AtomicBool::new(false)),
+        Arc::new(AtomicU64::new(0)),
+    );
+    let (is_slow, counted) = (slow.clone(), writes.clone());
+    let options = Options {
+        durable: false,
+        fault: Some(Arc::new(move |op| {
+            counted.fetch_add(u64::from(op == Op::Write), Ordering::Relaxed);
+            if op == Op::Rename && is_slow.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            Ok(())
+        })),
+        ..Options::default()
+    };
+    let ck = Checkpointer::open(folder.0.clone(), vec![memory.array("a")], options).unwrap();
+    for step in 0..2u64 {
+        memory.bytes().fill(1 + step as u8);
+        ck.save(Some(step), "null".into()).unwrap();
+        settle(&ck).unwrap();
+    }
+    slow.store(true, Ordering::Relaxed);
+    ck.prune(1).unwrap();
+    settle(&ck).unwrap();
+    assert_eq!(ck.points().unwrap().len(), 1);
+    let before = writes.load(Ordering::Relaxed);
+    let until = std::time::Instant::now() + Duration::from_secs(30);
+    // Nobody asks for a point: whatever is written now is drained.
+    for turn in 0u8.. {
+        memory.bytes()[..64 << 10].fill(100 + turn % 100);
+        std::thread::sleep(Duration::from_millis(100));
+        if writes.load(Ordering::Relaxed) > before {
+            break;
+        }
+        assert!(std::time::Instant::now() < until, "nothing is drained");
+    }
+}

@@ -256,6 +256,17 @@ impl Body {
         start..start + self.block_len(block) / self.memory.page()
     }
 
+    /// The pages of some neighbours, at least one.
+    pub(crate) fn pages_of(&self, blocks: &Range<u32>) -> Range<usize> {
+        self.pages(blocks.start).start..self.pages(blocks.end - 1).end
+    }
+
+    /// Mapped length of neighbours, bytes.
+    pub(crate) fn len_of(&self, blocks: &Range<u32>) -> usize {
+        let end = self.memory.len().min(self.start(blocks.end));
+        end.saturating_sub(self.start(blocks.start))
+    }
+
     /// The span of a block: what one page table of the user's mapping covers, or the block if that is
     /// larger. Start and length in the region, bytes.
     pub(crate) fn span(&self, block: u32) -> (usize, usize) {

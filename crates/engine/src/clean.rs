@@ -19,7 +19,6 @@ use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::errand::{call, late};
 use crate::error::Error;
-use crate::evict;
 use crate::kernel::{Evidence, record};
 use crate::protect::protect_again;
 use crate::staging;
@@ -146,6 +145,30 @@ fn hold(
     Ok(held)
 }
 
+/// The blocks of a run, which has one at least.
+fn blocks(held: &[Held]) -> Range<u32> {
+    held[0].block..held[held.len() - 1].block + 1
+}
+
+/// Writes bytes of blocks that rest and that the caller owns: they cannot change, and are written as they stand.
+pub(crate) fn write_resting(
+    engine: &Engine,
+    body: &Body,
+    start: usize,
+    len: usize,
+) -> Result<(), Error> {
+    if engine.write_to_store(body, start, len) {
+        return Ok(());
+    }
+    if !body.memory.is_copied_out() {
+        return body.write_store(start, body.memory.resting_bytes(start, len), true);
+    }
+    staging::with(engine, len, |bytes| {
+        body.memory.copy_held(start, bytes);
+        body.write_store(start, bytes, true)
+    })
+}
+
 fn write_back(
     engine: &'static Engine,
     body: &Body,
@@ -153,13 +176,12 @@ fn write_back(
     behind: bool,
 ) -> Result<(), Error> {
     let page = body.memory.page();
-    let pages = body.pages(held[0].block).start..body.pages(held[held.len() - 1].block).end;
+    let pages = body.pages_of(&blocks(held));
     for run in held
         .chunk_by(|a, b| a.mapped == b.mapped)
         .filter(|run| run[0].mapped)
     {
-        let pages = body.pages(run[0].block).start..body.pages(run[run.len() - 1].block).end;
-        let harvest = engine.harvest_mapped(body, pages);
+        let harvest = engine.harvest_mapped(body, body.pages_of(&blocks(run)));
         for held in run.iter().filter(|held| held.first) {
             engine.learn_written(body, held.block, || {
                 overlap(&harvest, &body.pages(held.block))
@@ -198,7 +220,7 @@ fn write_back(
         let part = run.start..run.end.min(run.start + (TOGETHER / page).max(1));
         let (start, len) = (part.start * page, part.len() * page);
         result = if resting {
-            evict::write_resting(engine, body, start, len)
+            write_resting(engine, body, start, len)
         } else {
             staging::with(engine, len, |buffer| {
                 body.memory.copy_held(start, buffer);

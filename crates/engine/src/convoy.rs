@@ -79,17 +79,14 @@ impl Engine {
         blocks: Range<u32>,
         lead: &mut Lead,
     ) -> bool {
-        let len_of = |blocks: &Range<u32>| -> usize {
-            blocks.clone().map(|block| body.block_len(block)).sum()
-        };
-        let asked = len_of(&blocks);
+        let asked = body.len_of(&blocks);
         // Whoever makes room may wait for a store: nobody's block must wait with it.
         if !self.make_room(body, asked as u64, 0, lead) {
             return false;
         }
         let fillings = self.claim_convoy(body, blocks.clone());
         let blocks = blocks.start..blocks.start + fillings.len() as u32;
-        let len = len_of(&blocks);
+        let len = body.len_of(&blocks);
         self.give_back(body, (asked - len) as u64);
         if fillings.is_empty() {
             return false;

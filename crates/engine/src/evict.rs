@@ -10,14 +10,13 @@ use std::time::{Duration, Instant};
 
 use crate::block::State;
 use crate::body::Body;
-use crate::clean::overlap;
+use crate::clean::{overlap, write_resting};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::homeward;
 use crate::kernel::record;
 use crate::policy::Queue;
 use crate::room::claim_victim;
-use crate::staging;
 use crate::stats::add;
 use crate::workers::Lead;
 
@@ -44,13 +43,12 @@ fn unmap(engine: &Engine, body: &Body, blocks: Range<u32>) -> bool {
     if blocks.is_empty() {
         return false;
     }
-    let (start, last) = (body.start(blocks.start), blocks.end - 1);
     body.memory
-        .zap(start, body.start(last) + body.block_len(last) - start)
+        .zap(body.start(blocks.start), body.len_of(&blocks))
         .expect("unmapping pages of the region's own mapping");
     let mut harvest = Vec::new();
     if body.memory.shared() {
-        harvest = engine.harvest_zapped(body, body.pages(blocks.start).start..body.pages(last).end);
+        harvest = engine.harvest_zapped(body, body.pages_of(&blocks));
         record(&mut body.lock(), &harvest);
     }
     for block in blocks {
@@ -145,25 +143,6 @@ pub(crate) fn release(engine: &Engine, body: &Body, block: u32, lead: &mut Lead)
         engine.wake(body, block);
     }
     true
-}
-
-/// Writes bytes of blocks that rest and that the caller owns: they cannot change, and are written as they stand.
-pub(crate) fn write_resting(
-    engine: &Engine,
-    body: &Body,
-    start: usize,
-    len: usize,
-) -> Result<(), Error> {
-    if engine.write_to_store(body, start, len) {
-        return Ok(());
-    }
-    if !body.memory.is_copied_out() {
-        return body.write_store(start, body.memory.resting_bytes(start, len), true);
-    }
-    staging::with(engine, len, |bytes| {
-        body.memory.copy_held(start, bytes);
-        body.write_store(start, bytes, true)
-    })
 }
 
 /// Ends an eviction that did not come to its end: the block rests, with all its data.

@@ -145,16 +145,20 @@ impl Engine {
         self.map_again(body, block)
     }
 
-    /// Puts `bytes` into an absent block, or the beginning of one; wakes, unless the table holds the evidence: then a
-    /// thread that came to write would only meet the protection, and the caller wakes when it has lifted it.
-    fn copy(&self, body: &Body, block: u32, bytes: &[u8], placed: &mut usize) -> io::Result<()> {
-        let start = body.start(block);
-        let mode = match self.evidence(body) {
+    /// The mode in which bytes are copied into an absent block, by who knows what is written then.
+    fn copy_mode(&self, body: &Body, block: u32) -> u64 {
+        match self.evidence(body) {
             Evidence::None => 0,
             Evidence::Kernel if self.presumes_written(body, block) => 0,
             Evidence::Kernel => UFFDIO_COPY_MODE_WP,
             Evidence::Table => UFFDIO_COPY_MODE_WP | UFFDIO_COPY_MODE_DONTWAKE,
-        };
+        }
+    }
+
+    /// Puts `bytes` into an absent block, or the beginning of one; wakes, unless the table holds the evidence: then a
+    /// thread that came to write would only meet the protection, and the caller wakes when it has lifted it.
+    fn copy(&self, body: &Body, block: u32, bytes: &[u8], placed: &mut usize) -> io::Result<()> {
+        let (start, mode) = (body.start(block), self.copy_mode(body, block));
         let page = body.memory.page();
         let exists = if body.memory.shared() {
             Fill::OwnAbsent
@@ -313,12 +317,7 @@ impl Engine {
 
     /// As [`Engine::copy`] into a whole block, for a handler. `Err` has the bytes of it that may be mapped.
     pub(crate) fn copy_bare(&self, body: &Body, block: u32, bytes: &[u8]) -> Result<(), usize> {
-        let start = body.start(block);
-        let mode = if body.writable() && !self.presumes_written(body, block) {
-            UFFDIO_COPY_MODE_WP
-        } else {
-            0
-        };
+        let (start, mode) = (body.start(block), self.copy_mode(body, block));
         let copy = |bytes: &[u8]| {
             let (address, page) = (body.memory.main() + start, body.memory.page());
             fill::fill(bytes.len(), page, Fill::OwnAbsent, |at, len| {
@@ -349,11 +348,7 @@ impl Engine {
     pub(crate) fn copy_page_bare(&self, body: &Body, block: u32, from: usize) -> bool {
         let (start, len) = (body.start(block), body.block_len(block));
         debug_assert_eq!(len, body.memory.page());
-        let mode = if body.writable() && !self.presumes_written(body, block) {
-            UFFDIO_COPY_MODE_WP
-        } else {
-            0
-        };
+        let mode = self.copy_mode(body, block);
         let address = body.memory.main() + start;
         // SAFETY: the caller owns the block. `from` is read by the kernel alone, which says EFAULT where it cannot.
         let outcome = unsafe { self.uffd_of(body).copy(address, from, len, mode) };

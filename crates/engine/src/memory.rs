@@ -71,17 +71,25 @@ pub struct Memory {
 }
 
 fn map(at: usize, len: usize, prot: i32, flags: i32, fd: RawFd) -> Result<usize, Error> {
-    map_at(at, len, prot, flags, fd, 0)
+    map_part(at, len, prot, flags, fd, 0).map_err(|_| {
+        Error::last_os(
+            "mmap",
+            format!(
+                "{len} bytes of address space were asked for; see /proc/sys/vm/max_map_count and ulimit -v"
+            ),
+        )
+    })
 }
 
-fn map_at(
+/// As [`map`], from an offset of the file on; the reason is the system's alone.
+fn map_part(
     at: usize,
     len: usize,
     prot: i32,
     flags: i32,
     fd: RawFd,
     offset: u64,
-) -> Result<usize, Error> {
+) -> io::Result<usize> {
     // SAFETY: either the kernel chooses the address, or `at` lies in a range that this file reserved
     // or mapped before, so MAP_FIXED replaces nothing that belongs to somebody else.
     let address = unsafe {
@@ -95,19 +103,24 @@ fn map_at(
         )
     };
     if address == libc::MAP_FAILED {
-        return Err(Error::last_os(
-            "mmap",
-            format!(
-                "{len} bytes of address space were asked for; see /proc/sys/vm/max_map_count and ulimit -v"
-            ),
-        ));
+        return Err(io::Error::last_os_error());
     }
     Ok(address as usize)
 }
 
-fn unmap(at: usize, len: usize) {
+/// Gives back what was mapped here.
+pub(crate) fn unmap(at: usize, len: usize) {
     // SAFETY: the range was mapped by this file and its owner gives it up.
     unsafe { libc::munmap(at as *mut libc::c_void, len) };
+}
+
+fn advise_raw(at: usize, len: usize, advice: i32) -> io::Result<()> {
+    // SAFETY: the range lies in a mapping that this file made; none of the advices used here touches memory
+    // outside it.
+    if unsafe { libc::madvise(at as *mut libc::c_void, len, advice) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Makes a fresh mapping without access accessible.
@@ -141,33 +154,29 @@ fn reserve(len: usize) -> Result<usize, Error> {
     Ok(start)
 }
 
-/// Maps a part of a file for the kernel to copy from, and to if it is `writable`. Nothing of it is brought in.
+/// Maps a part of a file for the kernel to copy from, and to if it is `writable`. Nothing of it is brought in, and a child
+/// does not get it. [`unmap`] ends it.
 pub(crate) fn map_file(
     fd: BorrowedFd<'_>,
     offset: u64,
     len: usize,
     writable: bool,
-) -> Result<usize, Error> {
-    let start = reserve(len)?;
+) -> Option<usize> {
+    let start = reserve(len).ok()?;
     let prot = if writable {
         libc::PROT_READ | libc::PROT_WRITE
     } else {
         libc::PROT_READ
     };
     let flags = libc::MAP_FIXED | libc::MAP_NORESERVE | libc::MAP_SHARED;
-    let opened = map_at(start, len, libc::PROT_NONE, flags, fd.as_raw_fd(), offset)
-        .and_then(|start| open_up(start, len, prot).map(|()| start));
-    // SAFETY: the range was just mapped; a child has no use for it.
-    unsafe { libc::madvise(start as *mut libc::c_void, len, libc::MADV_DONTFORK) };
-    if opened.is_err() {
+    let mapped = map_part(start, len, libc::PROT_NONE, flags, fd.as_raw_fd(), offset)
+        .and_then(|start| advise_raw(start, len, libc::MADV_DONTFORK))
+        .is_ok_and(|()| open_up(start, len, prot).is_ok());
+    if !mapped {
         unmap(start, len);
+        return None;
     }
-    opened
-}
-
-/// Ends a mapping of [`map_file`]. Nobody uses it any more.
-pub(crate) fn unmap_file(start: usize, len: usize) {
-    unmap(start, len);
+    Some(start)
 }
 
 fn memfd(flags: libc::c_uint) -> io::Result<File> {
@@ -277,8 +286,7 @@ impl Memory {
     }
 
     fn advise(&self, at: usize, len: usize, advice: i32) -> Result<(), Error> {
-        self.advise_raw(at, len, advice)
-            .map_err(|_| Error::last_os("madvise", ""))
+        advise_raw(at, len, advice).map_err(|_| Error::last_os("madvise", ""))
     }
 
     /// What the memory is made of.
@@ -481,7 +489,7 @@ impl Memory {
             None => {
                 let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
                 self.replace(offset, len, libc::PROT_NONE, flags, -1)?;
-                self.advise_raw(self.main + offset, len, libc::MADV_NOHUGEPAGE)
+                advise_raw(self.main + offset, len, libc::MADV_NOHUGEPAGE)
             }
         }
     }
@@ -494,30 +502,8 @@ impl Memory {
         flags: i32,
         fd: RawFd,
     ) -> io::Result<()> {
-        // SAFETY: the range lies in the user's mapping, which this value owns.
-        let address = unsafe {
-            libc::mmap(
-                (self.main + offset) as *mut libc::c_void,
-                len,
-                prot,
-                flags,
-                fd,
-                offset as i64,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        self.advise_raw(self.main + offset, len, libc::MADV_DONTFORK)
-    }
-
-    fn advise_raw(&self, at: usize, len: usize, advice: i32) -> io::Result<()> {
-        // SAFETY: the range lies in a mapping that this value owns; none of the advices used here
-        // touches memory outside it.
-        if unsafe { libc::madvise(at as *mut libc::c_void, len, advice) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(())
+        let at = map_part(self.main + offset, len, prot, flags, fd, offset as u64)?;
+        advise_raw(at, len, libc::MADV_DONTFORK)
     }
 
     /// Lets the user touch what [`Memory::uncover`] put back.

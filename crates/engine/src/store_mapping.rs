@@ -83,7 +83,7 @@ impl Mapped {
         let page = small_page();
         let before = offset as usize % page;
         let len = (before + len).next_multiple_of(page);
-        let start = memory::map_file(fd, offset - before as u64, len, writable).ok()?;
+        let start = memory::map_file(fd, offset - before as u64, len, writable)?;
         Some(Mapped {
             first: start + before,
             start,
@@ -185,7 +185,7 @@ impl Mapped {
         if std::mem::replace(&mut spans.gone, true) {
             return 0;
         }
-        memory::unmap_file(self.start, self.len);
+        memory::unmap(self.start, self.len);
         std::mem::take(&mut spans.mapped).len() as i64
     }
 }
@@ -254,11 +254,7 @@ impl Engine {
             return false;
         };
         let at = self.in_store(body, start, len, For::Reading);
-        let read = at.is_some_and(|at| {
-            copied(len, |done| {
-                to_memory(fd, start + done, at + done, len - done)
-            })
-        });
+        let read = at.is_some_and(|at| copied(to_memory, fd, start, at, len));
         if read {
             add(&body.counters.bytes_read, len as u64);
         }
@@ -272,11 +268,7 @@ impl Engine {
             return false;
         };
         let at = self.in_store(body, start, len, For::Writing);
-        let written = at.is_some_and(|at| {
-            copied(len, |done| {
-                from_memory(fd, start + done, at + done, len - done)
-            })
-        });
+        let written = at.is_some_and(|at| copied(from_memory, fd, start, at, len));
         if written {
             body.store.0.was_written();
             add(&body.counters.bytes_written, len as u64);
@@ -285,11 +277,18 @@ impl Engine {
     }
 }
 
-/// Repeats a call that says how much it has done until all is done. False if it does nothing or fails.
-fn copied(len: usize, mut call: impl FnMut(usize) -> isize) -> bool {
+/// Copies between the memory of a region, from `start` on, and `at`; repeats the call until all is done. False if it does
+/// nothing or fails.
+fn copied(
+    call: fn(RawFd, usize, usize, usize) -> isize,
+    fd: RawFd,
+    start: usize,
+    at: usize,
+    len: usize,
+) -> bool {
     let mut done = 0;
     while done < len {
-        match call(done) {
+        match call(fd, start + done, at + done, len - done) {
             n if n > 0 => done += n as usize,
             _ => return false,
         }

@@ -146,10 +146,7 @@ impl Checkpointer {
         ));
         let saver = Saver::new(shared.clone(), index, manifest, next_segment);
         let saver = Arc::new(Mutex::new(saver));
-        let draining = match shared.options.drain {
-            true => drain_into(&shared, &saver)?,
-            false => None,
-        };
+        let draining = drain_into(&shared, &saver)?;
         let (behind, watcher) = (shared.clone(), shared.clone());
         // If a thread cannot be started this ends the other one.
         let checkpointer = Checkpointer {

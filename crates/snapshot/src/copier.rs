@@ -106,7 +106,8 @@ impl<'a> Copier<'a> {
         self.past_caches = past;
     }
 
-    /// Copies blocks of an array; some of it may be put off until [`Copier::catch_up`] or [`Copier::send`]. `Ok(false)`: there is no buffer any more, the save was given up.
+    /// Copies blocks of an array; some of it may be put off until [`Copier::catch_up`] or [`Copier::send`].
+    /// `Ok(false)`: there is no buffer any more, the save was given up.
     pub fn copy(&mut self, data: usize, blocks: Range<usize>) -> Result<bool, Error> {
         let source = &self.sources[data];
         let mut first = blocks.start;

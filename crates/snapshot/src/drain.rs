@@ -169,10 +169,10 @@ impl Drain {
 /// The next point of a checkpointer, as a target.
 struct NextPoint(Arc<Mutex<Saver>>);
 
-/// Has the drain work for the next point of a checkpointer, if some of its memory is tracked silently.
+/// Has the drain work for the next point of a checkpointer, if it wants that and some of its memory is tracked silently.
 pub fn drain_into(shared: &Shared, saver: &Arc<Mutex<Saver>>) -> Result<Option<Draining>, Error> {
     let silent = |source: &Source| matches!(source.way, Way::Silent(_));
-    if !shared.sources.iter().any(silent) {
+    if !shared.options.drain || !shared.sources.iter().any(silent) {
         return Ok(None);
     }
     begin(Arc::new(NextPoint(saver.clone())), Next::In(Duration::ZERO))
@@ -182,7 +182,7 @@ pub fn drain_into(shared: &Shared, saver: &Arc<Mutex<Saver>>) -> Result<Option<D
 
 impl Target for NextPoint {
     fn round(&self) -> Next {
-        // At work on a save: it asks for a round when that is over.
+        // At work on a save, or pruning: it asks for a round when that is over.
         let Some(mut saver) = self.0.try_lock() else {
             return Next::WhenAsked;
         };

@@ -160,6 +160,19 @@ def test_a_cut_off_segment_is_an_error(tmp_path: Path) -> None:
         path.write_bytes(original)
 
 
+def test_a_segment_that_ends_in_the_middle_of_a_page_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "points"
+    saved(folder, None)
+    for path in folder.glob("segment-*"):
+        original = path.read_bytes()
+        # Behind all that a point needs, so that nothing else is wrong.
+        path.write_bytes(original + bytes(100))
+        (damage,) = verify(folder).damage
+        assert damage.path == path
+        assert "no multiple of a page" in damage.detail
+        path.write_bytes(original)
+
+
 JSON = st.recursive(
     st.none()
     | st.booleans()

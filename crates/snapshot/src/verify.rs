@@ -254,13 +254,16 @@ impl Search {
         for (number, pages) in std::mem::take(&mut self.used) {
             let path = files.path_of(number);
             let file = files.segment(number)?;
+            let len = file.metadata().map_or(0, |meta| meta.len());
             let mut at = 0;
             for run in pages
                 .runs(0..pages.pages())
                 .into_iter()
                 .chain(std::iter::once(pages.pages()..pages.pages()))
             {
-                if let Some(offset) = first_data(&file, &path, at * PAGE, run.start * PAGE)? {
+                // The last page may not be whole.
+                let end = (run.start * PAGE).min(len as usize);
+                if let Some(offset) = first_data(&file, &path, at * PAGE, end)? {
                     let error = Error::corrupt(
                         &path,
                         format!("the byte at {offset} belongs to nothing and is not zero"),
@@ -270,7 +273,6 @@ impl Search {
                 }
                 at = run.end;
             }
-            let len = file.metadata().map_or(0, |meta| meta.len());
             if len % PAGE as u64 != 0 {
                 let error = Error::corrupt(&path, "its length is no multiple of a page");
                 self.note(None, None, None, &error);

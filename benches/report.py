@@ -47,15 +47,18 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with a + if files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
+    """The commit that is measured, with a + if anything but the documentation differs from it.
+
+    The lines and the page are documentation: a run that has written them is still a run of its commit.
+    """
+
+    def ask(*question: str) -> str:
+        done = subprocess.run(("git", *question), cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    at = ask("rev-parse", "--short", "HEAD")
+    differs = ask("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
+    return f"{at}{'+' if differs else ''}" if at else "unknown"
 
 
 class Lines:

@@ -26,7 +26,9 @@
 //! | `store_mapping` | stores that are in memory themselves: the kernel copies straight from there, and to there |
 //! | `staging`, `buffer` | bytes between a store and memory that others may see, and what they lie in |
 //! | `readahead` | walks, and what to bring in for them |
-//! | `region`, `access`, `pin`, `prefetch` | what a user of the crate calls |
+//! | `region`, `access`, `pin`, `prefetch`, `closing` | what a user of the crate calls |
+//! | `shape` | which blocks and which pages a region gets |
+//! | `stats`, `figures` | what is counted; gathering it for regions and for the process |
 //! | `tracked` | memory whose writes are noted for checkpoints, and how |
 //! | `backing`, `served` | where the bytes of a block go; the memory of other processes |
 //! | `trace` | recording faults for the simulator |
@@ -61,6 +63,7 @@ mod body;
 mod buffer;
 mod clean;
 mod clock;
+mod closing;
 mod convoy;
 #[cfg(not(feature = "defects"))]
 mod defects;
@@ -74,6 +77,7 @@ mod entries;
 mod errand;
 mod error;
 mod evict;
+mod figures;
 mod fill;
 mod flight;
 mod fork;
@@ -100,6 +104,7 @@ mod region;
 mod room;
 mod say;
 mod served;
+mod shape;
 mod shortage;
 mod signals;
 mod staging;
@@ -116,11 +121,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub use error::Error;
+pub use figures::stats;
 pub use fork::{Kept, forget, generation, keep};
 pub use memory::hugetlb_free;
 pub use pin::Pin;
 pub use prefetch::PrefetchTicket;
-pub use region::{Region, set_memory_limit, stats};
+pub use region::Region;
+pub use room::set_memory_limit;
 pub use served::{Lies, Owed, ServeOptions, Served, ServedError, Written, serve};
 pub use signals::BlockedSignals;
 pub use stats::Stats;

@@ -1,129 +1,39 @@
-//! The handle of a region: open, use, close.
+//! The handle of a region: what a user may ask of it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::{Duration, Instant};
 
 use userfault_store::Store;
 
 use crate::backing::Here;
 use crate::block::State;
-use crate::body::{Body, COPY_LIMIT, Plan};
+use crate::body::{Body, Plan};
 use crate::clean;
 use crate::defects::{Defect, put_back};
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::fork::{self, Kept};
-use crate::kernel::record;
-use crate::memory::{HUGE, Kind, Memory, hugetlb_free, small_page};
+use crate::memory::{HUGE, small_page};
 use crate::pin::Pin;
-use crate::policy::Queue;
 use crate::pool::Pool;
 use crate::prefetch::{self, PrefetchTicket};
 use crate::readahead::Advice;
 use crate::signals;
 use crate::stats::{self, Stats};
 use crate::table::BlockError;
-use crate::{Access, FaultWay, Pages, RegionOptions, access, evict, inline, poison, trace};
-
-/// The largest block, bytes.
-pub const LARGEST_BLOCK: usize = 64 << 20;
-
-/// The block of "auto" on small pages, bytes: a fault costs a few microseconds beside the copy of so much.
-pub const AUTO_SMALL: usize = 64 << 10;
-
-/// Regions from this size on get huge pages with "auto", if the limit holds as many blocks of 2 MiB as
-/// this size does. Bytes.
-pub const AUTO_HUGE_FROM: u64 = 64 << 20;
+use crate::{
+    Access, FaultWay, RegionOptions, access, evict, figures, inline, poison, shape, trace,
+};
 
 const OPEN: u8 = 0;
-const SEALED: u8 = 1;
+/// The state of a region that nobody can touch any more.
+pub(crate) const SEALED: u8 = 1;
 
 /// Memory under user-space paging.
 #[derive(Debug)]
 pub struct Region {
-    body: Arc<Body>,
-    state: AtomicU8,
-}
-
-struct Shape {
-    block: usize,
-    huge: bool,
-}
-
-fn shape(options: &RegionOptions, store: &dyn Store, limit: u64) -> Result<Shape, Error> {
-    let page = small_page();
-    if let Some(block) = options.block
-        && !(block.is_power_of_two() && (page..=LARGEST_BLOCK).contains(&block))
-    {
-        return Err(Error::Invalid(format!(
-            "block is {block} bytes; it must be a power of two from {page} to {LARGEST_BLOCK}"
-        )));
-    }
-    let preferred = store
-        .preferred_block()
-        .next_power_of_two()
-        .clamp(page, LARGEST_BLOCK);
-    let roomy = options.len >= AUTO_HUGE_FROM && limit >= AUTO_HUGE_FROM;
-    match (options.pages, options.block) {
-        (Pages::Huge, Some(block)) if block < HUGE => Err(Error::Invalid(format!(
-            "pages=\"2MiB\" with a block of {block} bytes: a page is never larger than its block; ask for a block \
-             of at least {HUGE} bytes or for pages=\"4KiB\""
-        ))),
-        (Pages::Huge, block) => Ok(Shape {
-            block: block.unwrap_or(HUGE.max(preferred)),
-            huge: true,
-        }),
-        (Pages::Small, block) => Ok(Shape {
-            block: block.unwrap_or(AUTO_SMALL.max(preferred)),
-            huge: false,
-        }),
-        (Pages::Auto, Some(block)) => Ok(Shape {
-            block,
-            huge: block >= HUGE && options.len >= HUGE as u64,
-        }),
-        (Pages::Auto, None) if roomy => Ok(Shape {
-            block: HUGE.max(preferred),
-            huge: true,
-        }),
-        (Pages::Auto, None) => {
-            let block = AUTO_SMALL.max(preferred);
-            Ok(Shape {
-                block,
-                huge: block >= HUGE && options.len >= HUGE as u64,
-            })
-        }
-    }
-}
-
-fn memory(
-    engine: &Engine,
-    options: &RegionOptions,
-    shape: &Shape,
-    limit: u64,
-) -> Result<Memory, Error> {
-    let writable = options.access != Access::ReadOnly;
-    let length = |page: usize| (options.len as usize).next_multiple_of(page);
-    if shape.huge {
-        let wanted = (options.len.min(limit)).div_ceil(HUGE as u64);
-        let hugetlb = engine.abilities.hugetlb && hugetlb_free() >= wanted;
-        let first = if hugetlb {
-            Memory::new(Kind::Hugetlb, length(HUGE), writable)
-        } else {
-            Memory::new(Kind::HugeTmpfs, length(HUGE), writable)
-        };
-        match first {
-            Ok(memory) => return Ok(memory),
-            Err(error) if options.pages == Pages::Huge => return Err(error),
-            Err(_) => {}
-        }
-    }
-    let kind = if writable || shape.block > COPY_LIMIT {
-        Kind::Small
-    } else {
-        Kind::Private
-    };
-    Memory::new(kind, length(small_page()), writable)
+    pub(crate) body: Arc<Body>,
+    pub(crate) state: AtomicU8,
 }
 
 impl Region {
@@ -162,14 +72,14 @@ impl Region {
         let limit = options
             .memory_limit
             .unwrap_or_else(|| engine.pool.figures().limit);
-        let shape = shape(&options, &*store, limit)?;
+        let shape = shape::shape(&options, &*store, limit)?;
         if options.len.div_ceil(shape.block as u64) > u64::from(u32::MAX) {
             return Err(Error::Invalid(format!(
                 "{} bytes are too many for blocks of {} bytes; ask for larger blocks",
                 options.len, shape.block
             )));
         }
-        let memory = memory(engine, &options, &shape, limit)?;
+        let memory = shape::memory(engine, &options, &shape, limit)?;
         // A recording may hold regions to less than they asked for; their shape is the same.
         let own_limit = trace::limit().or(options.memory_limit);
         let own_pool = own_limit.map(|limit| Arc::new(Pool::new(limit)));
@@ -213,7 +123,7 @@ impl Region {
     }
 
     /// What a forked child must not get.
-    fn kept(&self) -> Vec<Kept> {
+    pub(crate) fn kept(&self) -> Vec<Kept> {
         let memory = &self.body.memory;
         let mut kept = vec![Kept::Range(memory.main(), memory.len())];
         if memory.shared() {
@@ -223,7 +133,7 @@ impl Region {
         kept
     }
 
-    fn engine(&self) -> Result<&'static Engine, Error> {
+    pub(crate) fn engine(&self) -> Result<&'static Engine, Error> {
         if self.body.generation != fork::generation() {
             return Err(Error::Forked);
         }
@@ -455,170 +365,13 @@ impl Region {
         } else {
             inline::keep_handler();
         }
-        let mut stats = of_body(&self.body);
+        let mut stats = figures::of_body(&self.body);
         if let Some(engine) = Engine::existing() {
             stats.limit = engine.pool_of(&self.body).figures().limit;
             stats.without = engine.abilities.missing();
         }
         stats::percentiles(&[&self.body.counters.latency], &mut stats);
         stats
-    }
-
-    /// Flushes, then gives the memory up: a later touch is SIGSEGV. After an error the region is open as
-    /// before, and the data is there. Closing again does nothing.
-    pub fn close(&self) -> Result<(), Error> {
-        let _shield = signals::shield();
-        let engine = match self.engine() {
-            Ok(engine) => engine,
-            // In a forked child there is nothing to close, and the second close does nothing.
-            Err(_) => return Ok(()),
-        };
-        let body = &self.body;
-        if body.access == Access::Private {
-            self.abandon();
-            return Ok(());
-        }
-        clean::flush(engine, body, 0..body.all_blocks())?;
-        {
-            let mut table = body.lock();
-            if table.closed {
-                return Ok(());
-            }
-            table.closed = true;
-        }
-        let mut last = Ok(());
-        if !self.wait_for_owners(body.patience() + Duration::from_secs(1)) {
-            last = Err(self.still_owned());
-        }
-        // From here on nobody maps anything. What was written since the flush is still caught: unmap,
-        // gather the evidence, write. A thread that touches meanwhile sleeps until the seal.
-        let last = last
-            .and_then(|()| self.gather())
-            .and_then(|()| clean::flush(engine, body, 0..body.all_blocks()));
-        if let Err(error) = last {
-            body.lock().closed = false;
-            for block in 0..body.all_blocks() {
-                if body.lock().state(block) == State::Resting {
-                    engine.seat(body, block, Queue::Resting);
-                }
-                engine.wake(body, block);
-            }
-            return Err(error);
-        }
-        for block in 0..body.all_blocks() {
-            if engine.hashing && body.lock().state(block) == State::Resting {
-                engine.check_content(body, block);
-            }
-        }
-        self.seal(engine);
-        Ok(())
-    }
-
-    /// Gives the memory up without writing anything back.
-    pub fn abandon(&self) {
-        let _shield = signals::shield();
-        let Ok(engine) = self.engine() else { return };
-        {
-            let mut table = self.body.lock();
-            if table.closed {
-                return;
-            }
-            table.closed = true;
-        }
-        self.seal(engine);
-    }
-
-    /// Waits until nobody owns a block. False if somebody still does after so long.
-    fn wait_for_owners(&self, at_most: Duration) -> bool {
-        let began = Instant::now();
-        let mut table = self.body.lock();
-        while table.in_use() && began.elapsed() < at_most {
-            self.body.sleep(&mut table, Duration::from_millis(50));
-        }
-        !table.in_use()
-    }
-
-    /// The error of a close that found a block whose owner does not come back.
-    fn still_owned(&self) -> Error {
-        let table = self.body.lock();
-        let block = (0..self.body.all_blocks()).find(|block| table.state(*block).exclusive());
-        drop(table);
-        self.body.block_stuck(block.unwrap_or(0))
-    }
-
-    /// Unmaps everything and gathers the evidence.
-    fn gather(&self) -> Result<(), Error> {
-        let body = &self.body;
-        let Some(engine) = Engine::existing() else {
-            return Err(Error::Forked);
-        };
-        if !body.memory.shared() {
-            return Ok(());
-        }
-        for block in 0..body.all_blocks() {
-            {
-                // Nobody maps a block any more, but the drain may be cleaning this one.
-                let (mut table, mut since) = (body.lock(), None);
-                while table.state(block).exclusive() {
-                    body.await_owner(&mut table, block, &mut since)?;
-                }
-                if !table.claim_for_close(block) {
-                    continue;
-                }
-            }
-            let zapped = body.memory.zap(body.start(block), body.block_len(block));
-            let harvest = engine.harvest_zapped(body, body.pages(block));
-            let mut table = body.lock();
-            record(&mut table, &harvest);
-            let state = match zapped {
-                Ok(()) => State::Resting,
-                Err(_) => State::Resident,
-            };
-            let _ = body.release(&mut table, block, state);
-            if zapped.is_err() {
-                return Err(Error::last_os(
-                    "madvise",
-                    "the program changed the region's mapping itself",
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    fn seal(&self, engine: &'static Engine) {
-        let body = &self.body;
-        body.lock().sealed = true;
-        self.wait_for_owners(body.retry_for + Duration::from_secs(2));
-        body.memory.seal();
-        // Sleepers find PROT_NONE now, and get SIGSEGV instead of sleeping on.
-        let _ = engine
-            .uffd_of(body)
-            .wake(body.memory.main(), body.memory.len());
-        if let (Some(_), Some(inline)) = (&body.doors, engine.inline()) {
-            inline.dismiss(body);
-        }
-        engine.dismiss(body);
-        engine.pool_of(body).forget(body.id);
-        engine.pool.dismiss(body.block as u64);
-        let bytes = body.in_memory();
-        body.given_back.store(bytes, Ordering::Release);
-        engine.give_back(body, bytes);
-        let idle = {
-            let mut table = body.lock();
-            table.forget_spans();
-            table.quiet()
-        };
-        engine.settle_tables(body);
-        if idle {
-            engine.charge(body, -body.store_mapping.end());
-            body.memory.drop_view();
-            body.view_gone.store(true, Ordering::Release);
-            let mut gone = self.kept();
-            gone.remove(0);
-            fork::forget(&gone);
-        }
-        // Otherwise a call of the store that has not come back may still use the view: it goes with the body.
-        self.state.store(SEALED, Ordering::Release);
     }
 }
 
@@ -637,81 +390,4 @@ impl Drop for Region {
         // threads behind that may still use them.
         self.abandon();
     }
-}
-
-fn of_body(body: &Body) -> Stats {
-    let mut stats = Stats {
-        regions: 1,
-        ..Stats::default()
-    };
-    body.counters.add_to(&mut stats);
-    let table = body.lock();
-    if table.sealed {
-        // It has no memory any more.
-        stats.regions = 0;
-        return stats;
-    }
-    stats.resident = (table.resident * body.block) as u64;
-    stats.resting = (table.resting * body.block) as u64;
-    stats.used =
-        ((table.resident + table.resting + table.owned) * body.block).min(body.memory.len()) as u64;
-    stats.page_tables = table.spans_used as u64 * body.span_tables();
-    stats.dirty = (table.home.count() * body.memory.page()) as u64;
-    let pinned = table.pins.values().filter(|pins| pins.count > 0).count();
-    stats.pinned = (pinned * body.block) as u64;
-    if body.memory.kind() == Kind::Hugetlb {
-        stats.hugetlb = stats.resident + stats.resting;
-    }
-    stats
-}
-
-/// Figures of the whole process.
-pub fn stats() -> Stats {
-    let _shield = signals::shield();
-    inline::keep_handler();
-    let mut total = Stats::default();
-    let Some(engine) = Engine::existing() else {
-        return total;
-    };
-    let bodies = engine.bodies();
-    for body in &bodies {
-        let one = of_body(body);
-        body.counters.add_to(&mut total);
-        total.regions += one.regions;
-        total.resident += one.resident;
-        total.resting += one.resting;
-        total.hugetlb += one.hugetlb;
-        total.page_tables += one.page_tables;
-        total.dirty += one.dirty;
-        total.pinned += one.pinned;
-    }
-    engine.past.add_to(&mut total);
-    total.without = engine.abilities.missing();
-    let figures = engine.pool.figures();
-    (total.limit, total.used) = (figures.limit, figures.used);
-    total.staging = engine.staging.bytes();
-    let histograms: Vec<_> = bodies
-        .iter()
-        .map(|body| &body.counters.latency)
-        .chain([&engine.past.latency])
-        .collect();
-    stats::percentiles(&histograms, &mut total);
-    total
-}
-
-/// Sets the limit of the process; `None` is "auto". Returns the old one. Shrinking evicts at once.
-pub fn set_memory_limit(limit: Option<u64>) -> Result<u64, Error> {
-    let _shield = signals::shield();
-    let engine = Engine::current()?;
-    if limit == Some(0) {
-        return Err(Error::Invalid(
-            "a memory limit of 0 bytes: at least four blocks are needed to run".into(),
-        ));
-    }
-    let old = engine
-        .pool
-        .set_limit(limit.unwrap_or_else(crate::limit::auto));
-    *engine.auto_limit.lock() = limit.is_none();
-    engine.shrink();
-    Ok(old)
 }

@@ -16,10 +16,11 @@ use crate::engine::Engine;
 use crate::error::Error;
 use crate::evict;
 use crate::kernel::Evidence;
-use crate::limit::{CGROUP_MARGIN, Cgroup};
+use crate::limit::{self, CGROUP_MARGIN, Cgroup};
 use crate::memory::Kind;
 use crate::policy::{Queue, Rank, Seat};
 use crate::pool::{Pool, Victim};
+use crate::signals;
 use crate::staging;
 use crate::workers::Lead;
 
@@ -452,6 +453,21 @@ impl Engine {
             });
         }
     }
+}
+
+/// Sets the limit of the process; `None` is "auto". Returns the old one. Shrinking evicts at once.
+pub fn set_memory_limit(limit: Option<u64>) -> Result<u64, Error> {
+    let _shield = signals::shield();
+    let engine = Engine::current()?;
+    if limit == Some(0) {
+        return Err(Error::Invalid(
+            "a memory limit of 0 bytes: at least four blocks are needed to run".into(),
+        ));
+    }
+    let old = engine.pool.set_limit(limit.unwrap_or_else(limit::auto));
+    *engine.auto_limit.lock() = limit.is_none();
+    engine.shrink();
+    Ok(old)
 }
 
 /// Claims a block for eviction out of `from`. One that its owner will give back to the same queue keeps a

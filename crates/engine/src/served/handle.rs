@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use crate::lock::Mutex;
 
+use super::delivery::{Put, poison_run};
 use super::layout::Layout;
 use super::process::{Family, Piece, Process};
-use super::resolve::{Pages, Put, poison_run};
+use super::protection::Pages;
 use crate::block::State;
 use crate::dirty::DirtyMap;
 use crate::engine::Engine;

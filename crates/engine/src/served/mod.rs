@@ -62,10 +62,12 @@
 //! nobody; see `protect`); `Piece::owed` is a leaf. `members` is held over COPY, ZEROPAGE, CONTINUE, POISON and WAKE:
 //! they wait for the other process's memory map, and no thread holds that while it waits for an event to be read.
 
+mod delivery;
 mod handle;
 mod layout;
 mod peers;
 mod process;
+mod protection;
 mod resolve;
 
 use std::collections::BTreeMap;
@@ -89,7 +91,7 @@ use crate::dirty::DirtyMap;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::memory::{HUGE, small_page};
-use crate::region::{AUTO_SMALL, LARGEST_BLOCK};
+use crate::shape::{AUTO_SMALL, LARGEST_BLOCK};
 use crate::stats::Counters;
 use layout::{Layout, Segment};
 use process::{Events, Family, Member, Process, Terms, piece};

@@ -12,8 +12,8 @@ use crate::lock::{Condvar, Mutex, RwLock, RwLockWriteGuard};
 use userfault_store::Store;
 use userfault_uffd::{Message, MessageBuffer, Uffd};
 
+use super::delivery::Elsewhere;
 use super::layout::{Layout, Segment};
-use super::resolve::Elsewhere;
 use crate::block::{Purpose, State};
 use crate::body::{Body, Plan};
 use crate::dirty::DirtyMap;
@@ -306,6 +306,12 @@ impl Process {
         if !range.is_empty() {
             let _ = self.uffd.wake(range.start, range.len());
         }
+    }
+
+    /// Wakes who sleeps on the page around an address.
+    pub(super) fn wake_page(&self, address: usize, page: usize) {
+        let start = address / page * page;
+        self.wake(start..start + page);
     }
 
     /// True if the process has ended (or executed another program): it is forgotten then.

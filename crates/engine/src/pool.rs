@@ -33,6 +33,9 @@ const ACTIVE_MS: u32 = 100;
 /// Threads that are remembered before those that stopped are forgotten.
 const MOST_ACTIVE: usize = 1024;
 
+/// For how long resting blocks that could not leave are passed over, milliseconds. Then one fault looks at all of them.
+const STUCK_MS: u32 = 100;
+
 /// Neighbours that are unmapped together, bytes at most, and the part of the limit: one in so many. To unmap interrupts
 /// every processor on which the program runs, 15 to 20 us for a page on a virtual machine, and a walk over small blocks
 /// leaves as it came, in a row.
@@ -84,6 +87,8 @@ pub struct PoolState {
     waiting: usize,
     /// When memory was refused last that the limit leaves: by a control group, or by the kernel.
     refused: Option<u32>,
+    /// Resting blocks that could not leave one after the other, and when the first of them could not.
+    stuck: (usize, u32),
 }
 
 /// A limit with its queues.
@@ -333,6 +338,25 @@ impl Pool {
     /// Who leaves next, for a fault of `thread`.
     pub fn choose(&self, thread: u32, now: u32, passed: usize) -> Victim {
         self.state.lock().choose(thread, now, passed)
+    }
+
+    /// How many resting blocks were found a moment ago that could not leave, since their store refuses them: who
+    /// looks for room need not find out again, for there may be a hundred thousand.
+    pub fn stuck(&self, now: u32) -> usize {
+        let (count, since) = self.state.lock().stuck;
+        if now.wrapping_sub(since) < STUCK_MS {
+            count
+        } else {
+            0
+        }
+    }
+
+    /// Notes that by now so many resting blocks could not leave, one after the other.
+    pub fn found_stuck(&self, count: usize, now: u32) {
+        let mut state = self.state.lock();
+        let (before, since) = state.stuck;
+        let goes_on = count > 0 && before > 0 && now.wrapping_sub(since) < STUCK_MS;
+        state.stuck = (count, if goes_on { since } else { now });
     }
 
     /// A block is brought in: its new memo, whose rank says which queue it joins.

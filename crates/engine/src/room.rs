@@ -30,8 +30,20 @@ const NOTHING_LEAVES: Duration = Duration::from_millis(250);
 /// Headroom is looked at once for so much growth, bytes.
 const STRIDE: i64 = 16 << 20;
 
+/// Entries that may be looked at in vain: stale ones, and blocks that are owned for a moment.
+const NEVER_MIND: usize = 64;
+
 /// Blocks that leave ahead of need before those are told who wait for room.
 const AT_ONCE: u32 = 16;
+
+/// Looking for somebody who leaves: what was tried in vain since the last one left.
+#[derive(Debug, Default)]
+struct Search {
+    /// Resting blocks that could not leave, one after the other. There may be as many as memory holds.
+    passed: usize,
+    /// Others.
+    fruitless: usize,
+}
 
 /// Watches a cgroup's headroom.
 pub(crate) struct Gate {
@@ -148,8 +160,8 @@ impl Engine {
     }
 
     fn reserve_tracked_now(&'static self, bytes: u64, in_cgroup: bool) -> Result<(), Error> {
-        let mut lead = Lead::none(self);
-        let (mut fruitless, mut passed) = (0, 0);
+        let (mut lead, mut search) = (Lead::none(self), Search::default());
+        let mut left_to_try = NEVER_MIND;
         loop {
             let fits = self.pool.reserve(bytes);
             if fits && (!in_cgroup || self.gate.pass(bytes)) {
@@ -158,9 +170,11 @@ impl Engine {
             if fits {
                 self.pool.give_back(bytes);
             }
-            let progress = self.one_leaves(&self.pool, 0, &mut passed, &mut lead) == Some(true);
-            fruitless = if progress { 0 } else { fruitless + 1 };
-            if fruitless > 64 {
+            let nobody = self
+                .one_leaves(&self.pool, 0, &mut search, &mut lead)
+                .is_none();
+            left_to_try -= usize::from(nobody);
+            if left_to_try == 0 || search.fruitless > NEVER_MIND {
                 let figures = self.pool.figures();
                 return Err(Error::Memory {
                     asked: bytes,
@@ -249,21 +263,17 @@ impl Engine {
     ///
     /// The caller may own blocks, but holds no lock; nothing here waits for an owned block.
     pub(crate) fn make_room(&self, body: &Body, bytes: u64, thread: u32, lead: &mut Lead) -> bool {
-        let (mut fruitless, mut passed) = (0, 0);
+        let mut search = Search::default();
         loop {
             let full = match self.reserve(body, bytes) {
                 Ok(()) => return true,
                 Err(pool) => pool,
             };
-            let Some(progress) = self.one_leaves(full, thread, &mut passed, lead) else {
-                return false;
-            };
-            if lead.too_late {
+            if self.one_leaves(full, thread, &mut search, lead).is_none() || lead.too_late {
                 return false;
             }
-            fruitless = if progress { 0 } else { fruitless + 1 };
-            // Everything that could leave has been looked at and cannot: pinned, owned, or not writable.
-            if fruitless > 64 + full.entries() / 4 {
+            // Everything that could leave has been looked at and cannot: pinned, or owned.
+            if search.fruitless > NEVER_MIND + full.entries() / 4 {
                 return false;
             }
         }
@@ -290,39 +300,50 @@ impl Engine {
     }
 
     /// Has the next victim of `full` unmapped or released. False if that one could not leave, `None` if
-    /// nobody can now. `passed` counts the resting blocks that could not, one after the other.
+    /// nobody can now.
     fn one_leaves(
         &self,
         full: &Pool,
         thread: u32,
-        passed: &mut usize,
+        search: &mut Search,
         lead: &mut Lead,
     ) -> Option<bool> {
-        match self.victim_of(full, thread, *passed) {
-            Victim::NotNow => None,
-            Victim::Zap(seat, count) => Some(self.with_seat(seat, |victim| {
+        let now = self.now_ms();
+        search.passed = search.passed.max(full.stuck(now));
+        let victim = self.victim_of(full, thread, search.passed);
+        let left = match victim {
+            Victim::NotNow => return None,
+            Victim::Zap(seat, count) => self.with_seat(seat, |victim| {
                 let left = evict::zap(self, victim, seat.block..seat.block + count);
-                if left && *passed > 0 {
+                if left && search.passed > 0 {
                     // It rests behind all those that cannot leave: do not wait for its turn.
                     evict::release(self, victim, seat.block, lead);
                 }
                 left
-            })),
+            }),
             Victim::Release(seat) => {
                 let left = self.with_seat(seat, |victim| {
                     evict::release(self, victim, seat.block, lead)
                 });
+                // An entry whose block came back by a touch says nothing of others.
+                let stays = || {
+                    self.with_seat(seat, |victim| {
+                        victim.lock().state(seat.block) == State::Resting
+                    })
+                };
                 if left {
-                    *passed = 0;
-                } else if self.with_seat(seat, |victim| {
-                    victim.lock().state(seat.block) == State::Resting
-                }) {
-                    // It had to stay. An entry whose block came back by a touch says nothing of others.
-                    *passed += 1;
+                    search.passed = 0;
+                    full.found_stuck(0, now);
+                } else if stays() {
+                    search.passed += 1;
+                    full.found_stuck(search.passed, now);
+                    return Some(false);
                 }
-                Some(left)
+                left
             }
-        }
+        };
+        search.fruitless = if left { 0 } else { search.fruitless + 1 };
+        Some(left)
     }
 
     /// Evicts until the pools that handlers use have some room to spare. Says so from time to time by `made`.
@@ -334,17 +355,16 @@ impl Engine {
             .filter(|body| body.doors.is_some())
             .filter_map(|body| body.own_pool.clone());
         for pool in own.chain([self.pool.clone()]) {
-            let (mut fruitless, mut passed, mut left) = (0, 0, 0);
-            while pool.wants_headroom() && fruitless < 64 {
-                match self.one_leaves(&pool, 0, &mut passed, &mut lead) {
+            let (mut search, mut left) = (Search::default(), 0);
+            while pool.wants_headroom() && search.fruitless < NEVER_MIND {
+                match self.one_leaves(&pool, 0, &mut search, &mut lead) {
                     Some(true) => {
-                        fruitless = 0;
                         left += 1;
                         if left % AT_ONCE == 0 {
                             made();
                         }
                     }
-                    Some(false) => fruitless += 1,
+                    Some(false) => {}
                     None => break,
                 }
             }
@@ -387,14 +407,14 @@ impl Engine {
     fn shrink_now(&'static self) {
         staging::shrink(self);
         let mut lead = Lead::none(self);
-        let (mut progress, mut passed) = (Instant::now(), 0);
+        let (mut progress, mut search) = (Instant::now(), Search::default());
         while self.pool.over() && progress.elapsed() < NOTHING_LEAVES {
-            match self.one_leaves(&self.pool, 0, &mut passed, &mut lead) {
+            match self.one_leaves(&self.pool, 0, &mut search, &mut lead) {
                 Some(true) => progress = Instant::now(),
                 Some(false) => {}
                 None => {
                     std::thread::sleep(Duration::from_millis(1));
-                    passed = 0;
+                    search = Search::default();
                 }
             }
         }

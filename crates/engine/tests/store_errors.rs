@@ -23,7 +23,12 @@ struct Faulty {
 
 /// A region of which `blocks` blocks may be in memory, over a store that fails by plan.
 fn faulty(kind: Kind, blocks: usize, retry_for: u64, plan: Vec<Rule>) -> Faulty {
-    let len = BLOCKS * kind.block;
+    faulty_of(BLOCKS, kind, blocks, retry_for, plan)
+}
+
+/// The same, of `all` blocks.
+fn faulty_of(all: usize, kind: Kind, blocks: usize, retry_for: u64, plan: Vec<Rule>) -> Faulty {
+    let len = all * kind.block;
     let memory = Arc::new(MemoryStore::new(patterned(len)));
     let store = Arc::new(FaultyStore::new(memory.clone(), plan));
     let mut options = options(
@@ -385,6 +390,50 @@ fn a_full_disk_does_not_stop_readers() {
             region.close().unwrap();
             assert_eq!(faulty.memory.to_vec()[0], 0);
             assert_eq!(faulty.memory.to_vec()[kind.block], 0);
+        }
+    });
+}
+
+#[test]
+fn a_full_disk_does_not_stop_readers_however_many_blocks_cannot_leave() {
+    apart!(60, {
+        // Two thirds of what memory holds are dirty for good, in blocks so small that there are many.
+        const DIRTY: usize = 700;
+        let inline = Kind {
+            fault: FaultWay::Inline,
+            ..COPIED
+        };
+        let ways = [COPIED, inline];
+        for kind in ways
+            .into_iter()
+            .filter(|kind| kind.fault == FaultWay::Threads || inline_can_write())
+        {
+            let full = Action::Fail {
+                errno: libc::ENOSPC,
+            };
+            let plan = vec![Rule::every(Call::Write, full)];
+            let faulty = faulty_of(3000, kind, 1000, 30_000, plan);
+            let (region, block) = (&faulty.region, kind.block);
+            for dirty in 0..DIRTY {
+                touch::write(region, dirty * block, dirty as u8);
+            }
+            let began = Instant::now();
+            for round in 0..3 {
+                for clean in DIRTY..3000 {
+                    let at = clean * block + round;
+                    assert_eq!(touch::read(region, at), pattern(at), "{kind:?}");
+                }
+            }
+            let took = began.elapsed();
+            assert!(took < apart::seconds(10), "{kind:?}: {took:?}");
+            assert_eq!(region.errors().len(), 0);
+            faulty.store.set_plan(vec![]);
+            let _ = region.flush(0, faulty.len as u64);
+            region.close().unwrap();
+            let stored = faulty.memory.to_vec();
+            for dirty in 0..DIRTY {
+                assert_eq!(stored[dirty * block], dirty as u8, "{kind:?}");
+            }
         }
     });
 }

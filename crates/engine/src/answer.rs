@@ -149,9 +149,7 @@ impl Engine {
         let waited = self.mapped(body, &mut table, block, written(touch, body));
         drop(table);
         add(&body.counters.hits, 1);
-        self.seat(body, block, Queue::Mapped(memo.rank()));
-        self.pool_of(body)
-            .given(touch.thread, body.seat(block), self.now_ms());
+        self.seat_given(body, block, Queue::Mapped(memo.rank()), Some(touch.thread));
         if waited {
             self.wake(body, block);
         }

@@ -18,6 +18,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::block::{Purpose, State};
 use crate::body::Body;
@@ -167,7 +168,7 @@ impl Engine {
                 self.put_in_place(&filling, block, lead)
             };
             self.settle(&filling, &tried);
-            self.follow(filling, tried, lead);
+            self.follow(filling, tried, Instant::now(), lead);
         }
     }
 }

@@ -187,24 +187,24 @@ impl Engine {
     /// What follows from a try.
     pub(crate) fn end_try(&'static self, filling: Filling, tried: Tried, lead: &mut Lead) {
         let body = filling.body.clone();
-        let took = filling.entered.elapsed();
-        if self.follow(filling, tried, lead) {
+        let (entered, ended) = (filling.entered, Instant::now());
+        if self.follow(filling, tried, ended, lead) {
             let mut table = body.lock();
-            table.fills.took(took);
+            table.fills.took(ended - entered);
             self.fill_ended(&body, &mut table);
         }
     }
 
-    /// What follows from a try. False if the clock took the block away from it meanwhile.
+    /// What follows from a try that ended at `now`. False if the clock took the block away from it meanwhile.
     pub(crate) fn follow(
         &'static self,
         mut filling: Filling,
         tried: Tried,
+        now: Instant,
         lead: &mut Lead,
     ) -> bool {
         let body = filling.body.clone();
         let block = filling.block;
-        let now = Instant::now();
         let tried = match tried {
             Tried::Refused(error) => {
                 self.pool.refuse(self.now_ms());
@@ -233,7 +233,7 @@ impl Engine {
                 if filling.thread != 0 {
                     body.counters
                         .latency
-                        .record(filling.began.elapsed().as_nanos() as u64);
+                        .record((now - filling.began).as_nanos() as u64);
                 }
             }
             Tried::NoRoom | Tried::Refused(_) => {
@@ -298,6 +298,9 @@ impl Engine {
     pub(crate) fn room_for(&'static self, filling: &Filling, lead: &mut Lead) -> Result<(), Tried> {
         let (body, block) = (&filling.body, filling.block);
         let bytes = body.block_len(block) as u64;
+        if self.has_room(body, bytes) {
+            return Ok(());
+        }
         // Whoever makes room may have to write, and a write may hang: the fault still has its deadline.
         lead.on_behalf = Some((body.clone(), block, self.deadline(filling)));
         let room = self.make_room(body, bytes, filling.thread, lead);
@@ -321,15 +324,19 @@ impl Engine {
                 let memo = self.pool_of(body).brought_in(table.memo(block));
                 table.set_memo(block, memo);
                 let waited = self.mapped(body, &mut table, block, filling.written);
+                let spans = table.settle_spans();
                 drop(table);
                 if waited {
                     self.wake(body, block);
                 }
-                self.settle_tables(body);
+                self.charge(body, spans * body.span_tables() as i64);
                 self.presume(body, block, || self.pool_of(body).figures().limit);
-                self.seat(body, block, Queue::Mapped(memo.rank()));
-                self.pool_of(body)
-                    .given(filling.thread, body.seat(block), self.now_ms());
+                self.seat_given(
+                    body,
+                    block,
+                    Queue::Mapped(memo.rank()),
+                    Some(filling.thread),
+                );
             }
             Tried::NoRoom | Tried::Refused(_) | Tried::Failed(_) | Tried::Abandoned => {
                 self.give_back(body, body.block_len(block) as u64);

@@ -213,6 +213,10 @@ impl PoolState {
     }
 
     /// Notes that `thread` was given a block. Does not allocate if the thread is known.
+    fn entries(&self) -> usize {
+        self.policy.mapped() + self.policy.resting()
+    }
+
     fn note_given(&mut self, thread: u32, seat: Seat, now: u32) {
         self.threads.insert(thread, now);
         if let Some(turn) = &mut self.turn
@@ -374,22 +378,29 @@ impl Pool {
         self.state.lock().policy.left(memo)
     }
 
-    /// Puts a block that was just mapped or unmapped into a queue.
-    pub fn seat(&self, queue: Queue, seat: Seat, bytes: usize, now: u32) {
+    /// Puts a block that was just mapped or unmapped into a queue. `given`: the thread that was given it. Returns
+    /// the entries in all queues, for stale ones are swept out when there are many more of them than blocks, and the
+    /// limit that holds.
+    pub fn seat(
+        &self,
+        queue: Queue,
+        seat: Seat,
+        bytes: usize,
+        now: u32,
+        given: Option<u32>,
+    ) -> (usize, u64) {
         let mut state = self.state.lock();
         state.policy.join(queue, seat, bytes as u32, now);
         state.keep_places();
-    }
-
-    /// Notes that `thread` was given a block, if it is its turn.
-    pub fn given(&self, thread: u32, seat: Seat, now: u32) {
-        let mut state = self.state.lock();
-        if state.threads.len() >= MOST_ACTIVE {
-            state
-                .threads
-                .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
+        if let Some(thread) = given {
+            if state.threads.len() >= MOST_ACTIVE {
+                state
+                    .threads
+                    .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
+            }
+            state.note_given(thread, seat, now);
         }
-        state.note_given(thread, seat, now);
+        (state.entries(), state.effective())
     }
 
     /// Counts a fault that waits for memory.
@@ -427,10 +438,9 @@ impl Pool {
             .forget(|seat| seat.region == region || put_back(Defect::CloseTakesNeighbours));
     }
 
-    /// Entries in all queues: stale ones are swept when there are many more of them than blocks.
+    /// Entries in all queues.
     pub fn entries(&self) -> usize {
-        let state = self.state.lock();
-        state.policy.mapped() + state.policy.resting()
+        self.state.lock().entries()
     }
 
     /// Keeps the entries that `keep` recognises.
@@ -476,16 +486,16 @@ mod tests {
         let pool = pool(10);
         for block in 0..10 {
             assert!(pool.reserve(1));
-            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 0);
+            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 0, None);
         }
         assert_eq!(pool.choose(1, 100, 0), Victim::Zap(seat(0), 1));
-        pool.seat(Queue::Resting, seat(0), 1, 100);
+        pool.seat(Queue::Resting, seat(0), 1, 100, None);
         assert_eq!(
             pool.choose(1, 100, 0),
             Victim::Zap(seat(1), 1),
             "one block may rest"
         );
-        pool.seat(Queue::Resting, seat(1), 1, 100);
+        pool.seat(Queue::Resting, seat(1), 1, 100, None);
         assert_eq!(pool.choose(1, 100, 0), Victim::Release(seat(0)));
     }
 
@@ -493,21 +503,21 @@ mod tests {
     fn neighbours_that_came_in_a_row_leave_together_and_a_small_part_of_memory_at_most() {
         let pool = pool(64 * 4);
         for block in [10, 11, 40, 12, 13, 14, 15, 41, 30, 29, 28, 7] {
-            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 0);
+            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 0, None);
         }
         assert_eq!(pool.choose(1, 100, 0), Victim::Zap(seat(10), 4));
         assert_eq!(pool.choose(1, 100, 0), Victim::Zap(seat(40), 2));
         assert_eq!(pool.choose(1, 100, 0), Victim::Zap(seat(14), 2));
         assert_eq!(pool.choose(1, 100, 0), Victim::Zap(seat(28), 3));
         assert_eq!(pool.choose(1, 100, 0), Victim::Zap(seat(7), 1));
-        pool.seat(Queue::Mapped(Rank::New), seat(9), 1, 0);
+        pool.seat(Queue::Mapped(Rank::New), seat(9), 1, 0, None);
         let other = Seat {
             region: 1,
             block: 10,
         };
-        pool.seat(Queue::Mapped(Rank::New), other, 1, 0);
-        pool.seat(Queue::Mapped(Rank::New), seat(10), 1, 98);
-        pool.seat(Queue::Mapped(Rank::New), seat(8), 1, 0);
+        pool.seat(Queue::Mapped(Rank::New), other, 1, 0, None);
+        pool.seat(Queue::Mapped(Rank::New), seat(10), 1, 98, None);
+        pool.seat(Queue::Mapped(Rank::New), seat(8), 1, 0, None);
         assert_eq!(
             pool.choose(1, 100, 0),
             Victim::Zap(seat(8), 2),
@@ -533,10 +543,8 @@ mod tests {
     fn few_blocks_are_less_than_eight_for_each_thread_that_faults() {
         let pool = pool(64);
         for block in 0..64 {
-            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 0);
-        }
-        for thread in 1..=4 {
-            pool.given(thread, seat(thread), 1000);
+            let given = (1..=4).contains(&block).then_some(block);
+            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 1000, given);
         }
         assert!(!pool.has_few(1000, 2, None), "64 for 6 and the next");
         assert!(pool.has_few(1000, 3, None), "64 for 7 and the next");
@@ -552,7 +560,7 @@ mod tests {
         let pool = pool(4);
         for block in 0..4 {
             assert!(pool.reserve(1));
-            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 100);
+            pool.seat(Queue::Mapped(Rank::New), seat(block), 1, 100, None);
         }
         pool.wait(true);
         pool.wait(true);
@@ -562,8 +570,7 @@ mod tests {
                 panic!("thread 7 has the turn")
             };
             assert!(!kept.contains(&out));
-            pool.seat(Queue::Mapped(Rank::New), seat(new), 1, 101);
-            pool.given(7, seat(new), 101);
+            pool.seat(Queue::Mapped(Rank::New), seat(new), 1, 101, Some(7));
             kept.push(seat(new));
             if new < 13 {
                 assert_eq!(pool.choose(8, 101, 0), Victim::NotNow);
@@ -574,5 +581,31 @@ mod tests {
             matches!(pool.choose(8, 101, 0), Victim::Zap(..)),
             "the next one's turn"
         );
+    }
+
+    #[test]
+    fn what_could_not_leave_is_passed_over_by_everybody_for_a_while() {
+        let pool = pool(8);
+        for block in 0..4 {
+            assert!(pool.reserve(1));
+            pool.seat(Queue::Resting, seat(block), 1, 0, None);
+            assert!(pool.reserve(1));
+            pool.seat(Queue::Mapped(Rank::New), seat(10 + block), 1, 0, None);
+        }
+        for count in 1..=4 {
+            let Victim::Release(seat) = pool.choose(1, 1000, pool.stuck(1000)) else {
+                panic!("the resting ones are asked first")
+            };
+            pool.seat(Queue::Resting, seat, 1, 1000, None);
+            pool.found_stuck(count, 1000 + count as u32);
+        }
+        let who = |now| pool.choose(2, now, pool.stuck(now));
+        assert!(matches!(who(1050), Victim::Zap(..)));
+        assert!(
+            matches!(who(1001 + STUCK_MS), Victim::Release(_)),
+            "it may leave by now"
+        );
+        pool.found_stuck(0, 1060);
+        assert_eq!(pool.stuck(1061), 0, "somebody has left");
     }
 }

@@ -130,6 +130,11 @@ impl Engine {
         Err(&self.pool)
     }
 
+    /// Takes `bytes` for a block of `body` if nobody has to leave for that.
+    pub(crate) fn has_room(&self, body: &Body, bytes: u64) -> bool {
+        self.reserve(body, bytes).is_ok()
+    }
+
     /// True if memory is full, and holds too few blocks for every thread that touches `body` to go on for a while.
     /// `waiting` of them wait to be let in.
     ///
@@ -445,17 +450,16 @@ impl Engine {
 
     /// Puts a block into its pool's queues, and sweeps out stale entries when they pile up.
     pub(crate) fn seat(&self, body: &Body, block: u32, queue: Queue) {
+        self.seat_given(body, block, queue, None);
+    }
+
+    /// The same for a block that was just given to a thread.
+    pub(crate) fn seat_given(&self, body: &Body, block: u32, queue: Queue, thread: Option<u32>) {
         let pool = self.pool_of(body);
-        pool.seat(
-            queue,
-            body.seat(block),
-            body.block_len(block),
-            self.now_ms(),
-        );
-        let figures = pool.figures();
-        if pool.entries() as u64 * (body.block as u64)
-            > 4 * figures.limit + (64 * body.block as u64)
-        {
+        let (seat, len) = (body.seat(block), body.block_len(block));
+        let (entries, limit) = pool.seat(queue, seat, len, self.now_ms(), thread);
+        let block = body.block as u64;
+        if entries as u64 * block > 4 * limit + 64 * block {
             let mut seen = std::collections::HashSet::new();
             pool.sweep(|seat, queue| {
                 let state = self

@@ -47,11 +47,12 @@ impl Staging {
         Some(shelf.remove(last))
     }
 
-    /// Puts a buffer on the shelf, if there is place for it.
-    fn put(&self, buffer: Buffer, place: u64) -> Option<Buffer> {
+    /// Puts a buffer on the shelf, if there is place for it. `place` is asked only if the least would not do.
+    fn put(&self, buffer: Buffer, place: impl FnOnce() -> u64) -> Option<Buffer> {
         let mut shelf = self.shelf.lock();
         let there: usize = shelf.iter().map(|buffer| buffer.len()).sum();
-        if (there + buffer.len()) as u64 > place {
+        let all = (there + buffer.len()) as u64;
+        if all > SHELF.0 && all > place() {
             return Some(buffer);
         }
         shelf.push(buffer);
@@ -146,7 +147,7 @@ impl Drop for Lent<'_> {
     fn drop(&mut self) {
         let engine = self.engine;
         let buffer = self.buffer.take().expect("lent");
-        if let Some(gone) = engine.staging.put(buffer, place(engine)) {
+        if let Some(gone) = engine.staging.put(buffer, || place(engine)) {
             let_go(engine, gone);
         }
     }

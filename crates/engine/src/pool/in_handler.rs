@@ -165,7 +165,7 @@ mod tests {
             region: 1,
             block: seated,
         };
-        pool.seat(Queue::Mapped(Rank::New), ordinary, 4096, 0);
+        pool.seat(Queue::Mapped(Rank::New), ordinary, 4096, 0, None);
         assert!(
             pool.reserve_in_handler(4096, Some(1000)).ok,
             "ordinary code has made room"

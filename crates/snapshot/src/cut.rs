@@ -5,7 +5,7 @@
 //! writable and count as written until the saver has settled the point (see `saver`). What is guarded is
 //! protected last, since first writes to it are held until the cut is over.
 
-use std::cell::LazyCell;
+use std::cell::{Cell, LazyCell};
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
@@ -169,17 +169,16 @@ impl Checkpointer {
             hand_over();
         }
         let mut lent = 0;
+        // As long as the rest does not fit into staging, the saver sets the pace.
+        let paced = Cell::new(false);
         let mut next = || {
             let stop = || job.is_cancelled() || shared.failing();
             let (bytes, staging) = (job.shares.bytes(), shared.staging.len());
             let left = bytes.saturating_sub(lent * CHUNK);
             lent += 1;
-            // As long as the rest does not fit, the saver sets the pace: few chunks stay in the caches.
-            let most = if shared.over(bytes) && left > staging {
-                HOT_CHUNKS
-            } else {
-                usize::MAX
-            };
+            paced.set(left > staging);
+            // Few chunks that go round stay in the caches.
+            let most = if paced.get() { HOT_CHUNKS } else { usize::MAX };
             let chunk = shared.staging.take_within(most, &stop);
             if chunk.is_none() {
                 // Blocks of this cut are with the save that failed, and nobody makes room.
@@ -201,7 +200,7 @@ impl Checkpointer {
                 hand_over();
             }
         };
-        let copied = job.do_shares(shared, &mut next, &mut look, false);
+        let copied = job.do_shares(shared, &mut next, &mut look, &|| paced.get(), false);
         let helped = job.shares.wait_for_help();
         copied.and(helped)
     }
@@ -234,19 +233,20 @@ impl Checkpointer {
 
 impl Job {
     /// Does tasks of the cut until there are none, and gives what was copied to the saver. Ends early if there
-    /// is no buffer. `look` hears before each task how many bytes the cut copies, as far as that is known.
+    /// is no buffer. `look` hears before each task how many bytes the cut copies, as far as that is known. While
+    /// the cut is `paced` it waits for the saver, and whoever copies takes work from that.
     fn do_shares(
         &self,
         shared: &Shared,
         next: &mut dyn FnMut() -> Option<Buffer>,
         look: &mut dyn FnMut(usize),
+        paced: &dyn Fn() -> bool,
         saver: bool,
     ) -> Result<(), Error> {
         let mut full = |batch: Batch| self.push(batch);
         let mut copier = Copier::new(&shared.sources, next, &mut full);
         loop {
-            let bytes = self.shares.bytes();
-            look(bytes);
+            look(self.shares.bytes());
             match self.shares.next(saver) {
                 None => return copier.send(),
                 Some(Task::Ask(data, pages)) => {
@@ -258,10 +258,8 @@ impl Job {
                     self.shares.answered(pieces, bytes);
                 }
                 Some(Task::Copy((data, runs))) => {
-                    let over = shared.over(bytes);
-                    // The cut waits for the saver then: who copies takes work from it.
-                    copier.past_caches(!over);
-                    copier.hashing(over);
+                    copier.past_caches(!paced());
+                    copier.hashing(paced());
                     let copied = runs
                         .into_iter()
                         .try_fold(true, |going, run| Ok(going && copier.copy(data, run)?))
@@ -321,15 +319,16 @@ impl Job {
             let chunk = shared.staging.try_take();
             Some(chunk.map_or_else(|| Buffer::Own(vec![0; CHUNK]), Buffer::Chunk))
         };
-        let result = self.do_shares(shared, &mut next, &mut |_| {}, true);
+        let result = self.do_shares(shared, &mut next, &mut |_| {}, &|| false, true);
         self.shares.end_help(result);
     }
 }
 
 impl Shared {
-    /// True if a cut of so many bytes needs the saver to make room in staging.
+    /// True if a cut of so many bytes needs the saver to make room in staging. The last chunk of each of the two
+    /// who copy may be nearly empty.
     fn over(&self, bytes: usize) -> bool {
-        bytes > self.options.staging / 2
+        bytes + 2 * CHUNK > self.staging.len()
     }
 
     fn method(&self) -> Vec<(String, &'static str)> {

@@ -45,6 +45,8 @@ pub struct Saver {
     next_segment: u32,
     /// The number of the cut whose blocks are in the index, or are being put there.
     pub cut: u64,
+    /// Bytes of staging that the last point needed.
+    needed: usize,
     /// What the token bucket of `max_rate` has been given.
     paid_until: Instant,
     pub drain: Drain,
@@ -65,6 +67,7 @@ impl Saver {
             segment: None,
             next_segment,
             cut: 0,
+            needed: 0,
             paid_until: Instant::now(),
             drain,
         }
@@ -86,7 +89,9 @@ impl Saver {
                     self.shared.state.lock().failed.get_or_insert(error);
                 }
                 // The next cut needs about as much.
-                self.shared.warm(job.point.extra_bytes());
+                let needed = job.point.extra_bytes();
+                let before = std::mem::replace(&mut self.needed, needed);
+                self.shared.prepare_staging(needed, before);
             }
             Err(error) => {
                 self.give_up_segment();

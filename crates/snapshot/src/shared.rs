@@ -278,9 +278,11 @@ impl Shared {
         self.failures.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Prepares staging for a cut of so many bytes.
-    pub fn warm(&self, bytes: usize) {
-        self.staging.warm(bytes + bytes / 4);
+    /// Prepares staging for the next cut: the last one needed so many bytes, the one before it `before`.
+    pub fn prepare_staging(&self, bytes: usize, before: usize) {
+        let with_some_more = |bytes: usize| bytes + bytes / 4;
+        self.staging.cool(with_some_more(bytes.max(before)));
+        self.staging.warm(with_some_more(bytes));
     }
 
     /// A save has an outcome.
@@ -311,7 +313,7 @@ impl Shared {
         }
         self.folder.unlock();
         // Who has closed a checkpointer may hold it for long.
-        self.staging.cool();
+        self.staging.cool(0);
     }
 
     /// Gives up saves that make no progress, until the checkpointer ends.

@@ -16,9 +16,22 @@ use userfault_engine::lock::{Condvar, Mutex};
 pub const CHUNK: usize = 2 << 20;
 
 struct State {
+    /// The last one is the next one lent.
     free: Vec<usize>,
+    /// Which chunks may have memory.
+    touched: Vec<bool>,
     used: usize,
     peak: usize,
+}
+
+impl State {
+    fn lend(&mut self) -> Option<usize> {
+        let number = self.free.pop()?;
+        self.touched[number] = true;
+        self.used += 1;
+        self.peak = self.peak.max(self.used);
+        Some(number)
+    }
 }
 
 /// A bounded amount of memory, by chunks.
@@ -56,6 +69,7 @@ impl Staging {
             chunks,
             state: Mutex::new(State {
                 free: (0..chunks).rev().collect(),
+                touched: vec![false; chunks],
                 used: 0,
                 peak: 0,
             }),
@@ -81,14 +95,9 @@ impl Staging {
                 return None;
             }
             if state.used < most
-                && let Some(number) = state.free.pop()
+                && let Some(number) = state.lend()
             {
-                state.used += 1;
-                state.peak = state.peak.max(state.used);
-                return Some(Chunk {
-                    staging: self.clone(),
-                    number,
-                });
+                return Some(self.chunk(number));
             }
             self.freed.wait_for(&mut state, Duration::from_millis(20));
         }
@@ -96,14 +105,15 @@ impl Staging {
 
     /// Lends a chunk if one is free.
     pub fn try_take(self: &Arc<Self>) -> Option<Chunk> {
-        let mut state = self.state.lock();
-        let number = state.free.pop()?;
-        state.used += 1;
-        state.peak = state.peak.max(state.used);
-        Some(Chunk {
+        let number = self.state.lock().lend()?;
+        Some(self.chunk(number))
+    }
+
+    fn chunk(self: &Arc<Self>, number: usize) -> Chunk {
+        Chunk {
             staging: self.clone(),
             number,
-        })
+        }
     }
 
     /// Touches what a cut is going to need, so that it need not wait for zeroed pages. Bytes.
@@ -115,11 +125,9 @@ impl Staging {
             let Some(number) = state.free.pop() else {
                 break;
             };
+            state.touched[number] = true;
             drop(state);
-            let mut chunk = Chunk {
-                staging: self.clone(),
-                number,
-            };
+            let mut chunk = self.chunk(number);
             for byte in chunk.iter_mut().step_by(4096) {
                 *byte = 0;
             }
@@ -140,14 +148,26 @@ impl Staging {
         peak
     }
 
-    /// Gives back what is not lent: the memory, not the right to it.
-    pub fn cool(&self) {
-        let state = self.state.lock();
-        for number in &state.free {
+    /// Gives back what is not lent, but for so many bytes: the memory, not the right to it.
+    pub fn cool(&self, but_for: usize) {
+        loop {
+            let number = {
+                let mut state = self.state.lock();
+                let kept = but_for.div_ceil(CHUNK).saturating_sub(state.used);
+                let cooled = 0..state.free.len().saturating_sub(kept);
+                let Some(at) = cooled.into_iter().find(|at| state.touched[state.free[*at]]) else {
+                    return;
+                };
+                let number = state.free.remove(at);
+                state.touched[number] = false;
+                number
+            };
             let chunk = self.start + number * CHUNK;
-            // SAFETY: the range of a chunk in the list of free ones, which nobody takes from while it is
-            // locked; whoever gets it next finds zeros, and expects nothing.
+            // SAFETY: the range of a chunk that is not in the list of free ones, so that nobody else has it; whoever
+            // gets it next finds zeros, and expects nothing.
             unsafe { libc::madvise(chunk as *mut libc::c_void, CHUNK, libc::MADV_DONTNEED) };
+            self.state.lock().free.insert(0, number);
+            self.freed.notify_all();
         }
     }
 
@@ -236,5 +256,25 @@ mod tests {
             assert_eq!(other.join().unwrap(), Some(()));
         });
         assert_eq!(staging.take_peak(), CHUNK);
+    }
+
+    #[test]
+    fn what_is_cooled_is_not_what_is_lent_next_and_gives_its_memory_back() {
+        let staging = Staging::new(6 * CHUNK).unwrap();
+        let mut held: Vec<Chunk> = (0..6).map(|_| staging.try_take().unwrap()).collect();
+        for chunk in &mut held {
+            chunk.fill(7);
+        }
+        let lent = held.split_off(5);
+        drop(held);
+        // One is lent and two are kept beside it.
+        staging.cool(3 * CHUNK);
+        assert!(lent[0].iter().all(|byte| *byte == 7));
+        let next: Vec<Chunk> = (0..5).map(|_| staging.try_take().unwrap()).collect();
+        let warm = |chunk: &Chunk| chunk[0] == 7;
+        assert_eq!(
+            next.iter().map(warm).collect::<Vec<_>>(),
+            [true, true, false, false, false]
+        );
     }
 }

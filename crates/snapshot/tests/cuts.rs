@@ -203,6 +203,35 @@ fn a_cut_that_waits_for_room_does_not_wait_for_a_saver_that_waits_for_the_cut() 
 }
 
 #[test]
+fn a_cut_that_staging_holds_does_not_wait_for_a_disk_that_hangs() {
+    let folder = Folder::new();
+    let mut memory = small(8 * MIB);
+    memory.bytes().fill(1);
+    let gate = Arc::new(Gate::default());
+    let options = Options {
+        drain: false,
+        durable: false,
+        // Two chunks more than the cut: the last one of each of the two who copy may be nearly empty.
+        staging: 12 * MIB,
+        timeout: WAIT,
+        fault: Some(gate.fault(Op::Write)),
+        ..Options::default()
+    };
+    let ck = Checkpointer::open(folder.0.clone(), vec![memory.array("a")], options).unwrap();
+    ck.save(Some(0), "null".into()).unwrap();
+    settle(&ck).unwrap();
+    memory.bytes().fill(2);
+    gate.close();
+    let point = ck.save(Some(1), "null".into()).unwrap();
+    assert!(point.outcome().is_none(), "the disk hangs");
+    memory.bytes().fill(3);
+    gate.open();
+    settle(&ck).unwrap();
+    assert!(read(&folder.0, 1, 0).iter().all(|byte| *byte == 2));
+    assert_eq!(point.extra_bytes(), 8 * MIB);
+}
+
+#[test]
 fn a_save_that_fails_while_the_next_cut_waits_for_room_ends_both_at_once() {
     let folder = Folder::new();
     let mut memory = small(12 * MIB);

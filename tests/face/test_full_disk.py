@@ -85,7 +85,7 @@ print("all there")
 def test_a_full_disk_loses_nothing_and_says_so_until_there_is_room(
     kind: str, block: str, run_child: RunChild, tmp_path: Path
 ) -> None:
-    # Blocks of 64 KiB and more leave straight for a file in tmpfs (`store_mapping`), and find it full in that way.
+    # Blocks of 64 KiB and more leave straight for a file in tmpfs (`store_mapping`), and find it full so.
     if os.geteuid() != 0:
         pytest.skip("needs the right to mount a file system")
     mount, image = tmp_path / "mount", tmp_path / "image"

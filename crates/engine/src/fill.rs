@@ -298,7 +298,7 @@ impl Engine {
     pub(crate) fn room_for(&'static self, filling: &Filling, lead: &mut Lead) -> Result<(), Tried> {
         let (body, block) = (&filling.body, filling.block);
         let bytes = body.block_len(block) as u64;
-        if self.has_room(body, bytes) {
+        if self.reserve(body, bytes).is_ok() {
             return Ok(());
         }
         // Whoever makes room may have to write, and a write may hang: the fault still has its deadline.
@@ -329,7 +329,7 @@ impl Engine {
                 if waited {
                     self.wake(body, block);
                 }
-                self.charge(body, spans * body.span_tables() as i64);
+                self.charge_tables(body, spans);
                 self.presume(body, block, || self.pool_of(body).figures().limit);
                 self.seat_given(
                     body,

@@ -41,7 +41,7 @@ const AT_ONCE: u32 = 16;
 struct Search {
     /// Resting blocks that could not leave, one after the other. There may be as many as memory holds.
     passed: usize,
-    /// Others.
+    /// Others, and times that there was nobody at all.
     fruitless: usize,
 }
 
@@ -107,7 +107,7 @@ impl Gate {
 
 impl Engine {
     /// Takes `bytes` for a block of `body`, or names the pool that is full.
-    fn reserve<'a>(&'a self, body: &'a Body, bytes: u64) -> Result<(), &'a Pool> {
+    pub(crate) fn reserve<'a>(&'a self, body: &'a Body, bytes: u64) -> Result<(), &'a Pool> {
         let own = body.own_pool.as_deref();
         if let Some(own) = own
             && !own.reserve(bytes)
@@ -128,11 +128,6 @@ impl Engine {
             own.give_back(bytes);
         }
         Err(&self.pool)
-    }
-
-    /// Takes `bytes` for a block of `body` if nobody has to leave for that.
-    pub(crate) fn has_room(&self, body: &Body, bytes: u64) -> bool {
-        self.reserve(body, bytes).is_ok()
     }
 
     /// True if memory is full, and holds too few blocks for every thread that touches `body` to go on for a while.
@@ -166,7 +161,6 @@ impl Engine {
 
     fn reserve_tracked_now(&'static self, bytes: u64, in_cgroup: bool) -> Result<(), Error> {
         let (mut lead, mut search) = (Lead::none(self), Search::default());
-        let mut left_to_try = NEVER_MIND;
         loop {
             let fits = self.pool.reserve(bytes);
             if fits && (!in_cgroup || self.gate.pass(bytes)) {
@@ -175,11 +169,8 @@ impl Engine {
             if fits {
                 self.pool.give_back(bytes);
             }
-            let nobody = self
-                .one_leaves(&self.pool, 0, &mut search, &mut lead)
-                .is_none();
-            left_to_try -= usize::from(nobody);
-            if left_to_try == 0 || search.fruitless > NEVER_MIND {
+            self.one_leaves(&self.pool, 0, &mut search, &mut lead);
+            if search.fruitless > NEVER_MIND {
                 let figures = self.pool.figures();
                 return Err(Error::Memory {
                     asked: bytes,
@@ -212,6 +203,11 @@ impl Engine {
     /// Charges page tables that came into use to the pools, and gives back those that went.
     pub(crate) fn settle_tables(&self, body: &Body) {
         let spans = body.lock().settle_spans();
+        self.charge_tables(body, spans);
+    }
+
+    /// Charges the page tables of so many spans, or gives them back.
+    pub(crate) fn charge_tables(&self, body: &Body, spans: i64) {
         self.charge(body, spans * body.span_tables() as i64);
     }
 
@@ -317,7 +313,10 @@ impl Engine {
         search.passed = search.passed.max(full.stuck(now));
         let victim = self.victim_of(full, thread, search.passed);
         let left = match victim {
-            Victim::NotNow => return None,
+            Victim::NotNow => {
+                search.fruitless += 1;
+                return None;
+            }
             Victim::Zap(seat, count) => self.with_seat(seat, |victim| {
                 let left = evict::zap(self, victim, seat.block..seat.block + count);
                 if left && search.passed > 0 {
@@ -337,8 +336,9 @@ impl Engine {
                     })
                 };
                 if left {
-                    search.passed = 0;
-                    full.found_stuck(0, now);
+                    if std::mem::take(&mut search.passed) > 0 {
+                        full.found_stuck(0, now);
+                    }
                 } else if stays() {
                     search.passed += 1;
                     full.found_stuck(search.passed, now);

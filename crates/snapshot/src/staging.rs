@@ -154,8 +154,8 @@ impl Staging {
             let number = {
                 let mut state = self.state.lock();
                 let kept = but_for.div_ceil(CHUNK).saturating_sub(state.used);
-                let cooled = 0..state.free.len().saturating_sub(kept);
-                let Some(at) = cooled.into_iter().find(|at| state.touched[state.free[*at]]) else {
+                let most = state.free.len().saturating_sub(kept);
+                let Some(at) = (0..most).find(|at| state.touched[state.free[*at]]) else {
                     return;
                 };
                 let number = state.free.remove(at);

@@ -174,21 +174,27 @@ fn a_drain_under_way_at_a_cut_takes_nothing_that_was_written_after_it() {
     assert!(read(&folder.0, 2, 0).iter().all(|byte| *byte == 2));
 }
 
-#[test]
-fn a_cut_that_waits_for_room_does_not_wait_for_a_saver_that_waits_for_the_cut() {
-    let folder = Folder::new();
-    let mut memory = small(12 * MIB);
-    memory.bytes().fill(1);
+/// A checkpointer of one array with so much staging, and the gate that its writes go through.
+fn with_staging(staging: usize, folder: &Folder, memory: &Memory) -> (Checkpointer, Arc<Gate>) {
     let gate = Arc::new(Gate::default());
     let options = Options {
         drain: false,
         durable: false,
-        staging: 4 * MIB,
+        staging,
         timeout: WAIT,
         fault: Some(gate.fault(Op::Write)),
         ..Options::default()
     };
     let ck = Checkpointer::open(folder.0.clone(), vec![memory.array("a")], options).unwrap();
+    (ck, gate)
+}
+
+#[test]
+fn a_cut_that_waits_for_room_does_not_wait_for_a_saver_that_waits_for_the_cut() {
+    let folder = Folder::new();
+    let mut memory = small(12 * MIB);
+    memory.bytes().fill(1);
+    let (ck, _gate) = with_staging(4 * MIB, &folder, &memory);
     let began = Instant::now();
     for step in 0..20u8 {
         memory.bytes().fill(step + 2);
@@ -207,17 +213,8 @@ fn a_cut_that_staging_holds_does_not_wait_for_a_disk_that_hangs() {
     let folder = Folder::new();
     let mut memory = small(8 * MIB);
     memory.bytes().fill(1);
-    let gate = Arc::new(Gate::default());
-    let options = Options {
-        drain: false,
-        durable: false,
-        // Two chunks more than the cut: the last one of each of the two who copy may be nearly empty.
-        staging: 12 * MIB,
-        timeout: WAIT,
-        fault: Some(gate.fault(Op::Write)),
-        ..Options::default()
-    };
-    let ck = Checkpointer::open(folder.0.clone(), vec![memory.array("a")], options).unwrap();
+    // Two chunks more than the cut: the last one of each of the two who copy may be nearly empty.
+    let (ck, gate) = with_staging(12 * MIB, &folder, &memory);
     ck.save(Some(0), "null".into()).unwrap();
     settle(&ck).unwrap();
     memory.bytes().fill(2);
@@ -228,7 +225,9 @@ fn a_cut_that_staging_holds_does_not_wait_for_a_disk_that_hangs() {
     gate.open();
     settle(&ck).unwrap();
     assert!(read(&folder.0, 1, 0).iter().all(|byte| *byte == 2));
-    assert_eq!(point.extra_bytes(), 8 * MIB);
+    // Four chunks if one has copied; if two have, the last one of each need not be full.
+    let chunks = point.extra_bytes() / (2 * MIB);
+    assert!((4..=5).contains(&chunks), "{chunks}");
 }
 
 #[test]
@@ -236,16 +235,7 @@ fn a_save_that_fails_while_the_next_cut_waits_for_room_ends_both_at_once() {
     let folder = Folder::new();
     let mut memory = small(12 * MIB);
     memory.bytes().fill(1);
-    let gate = Arc::new(Gate::default());
-    let options = Options {
-        drain: false,
-        durable: false,
-        staging: 8 * MIB,
-        timeout: WAIT,
-        fault: Some(gate.fault(Op::Write)),
-        ..Options::default()
-    };
-    let ck = Checkpointer::open(folder.0.clone(), vec![memory.array("a")], options).unwrap();
+    let (ck, gate) = with_staging(8 * MIB, &folder, &memory);
     ck.save(Some(0), "null".into()).unwrap();
     settle(&ck).unwrap();
     memory.bytes()[..2 * MIB].fill(2);

@@ -1,8 +1,8 @@
 """Workloads of checkpoints: what a point costs the program, and how fast it is saved and read again.
 
-A memory is "private:4KiB" or "private:2MiB" (the twin that forks), "still:4KiB" (of which no point is taken),
-"numpy:4KiB" (numpy.save), "copy:4KiB"
-(a bare copy of what was written: the floor of every point that copies at the cut),
+A memory is "private:PAGES[,idle]" (the twin that forks; a child that lives on writes a copy, or is idle),
+"still:4KiB" (of which no point is taken), "numpy:4KiB" (numpy.save), "copy:4KiB" (a bare copy of what was
+written: the floor of every point that copies at the cut),
 "userfault:PAGES[,off|on[,arm|point]]" for tracked memory, without the drain or with it, protected anew or
 saved every second where the workload has seconds, or "foreign:2MiB[,copy]" for memory that somebody else has
 made, tracked or copied.
@@ -51,9 +51,7 @@ def _writer() -> ctypes.CDLL:
 class Subject:
     """Memory of a kind, and taking a point of it."""
 
-    def __init__(
-        self, memory: str, length: int, staging: str = "256MiB", filled: int = 0, followed: bool = True
-    ) -> None:
+    def __init__(self, memory: str, length: int, staging: str = "256MiB", filled: int = 0) -> None:
         self.lib = _writer()
         self.length = length
         self.way, _, rest = memory.partition(":")
@@ -68,14 +66,19 @@ class Subject:
             self.array = userfault.zeros(length, np.uint8, track=True, pages=pages)
             self.address = self.array.ctypes.data
             self.fill(filled or length)
-            self.drain, self.staging = drain, staging
-            if followed:
-                self.follow()
+            self.checkpointer = userfault.Checkpointer(
+                self.folder,
+                {"array": self.array},
+                drain="off" if drain == "off" else "auto",
+                staging=staging,
+                durable=False,
+                max_to_keep=2,
+            )
         else:
             huge = int(self.pages == "2MiB")
             self.address = self.lib.private_memory(ctypes.c_uint64(length), huge)
             self.fill(length)
-            self.written = (0, 1)
+            self.written, self.child = (0, 1), drain
             if self.way == "copy":
                 self.aside = self.lib.private_memory(ctypes.c_uint64(length), 1)
                 self.lib.fill_words(
@@ -94,18 +97,6 @@ class Subject:
                     max_to_keep=1,
                 )
 
-    def follow(self) -> None:
-        """Begins to follow what is written to memory of ours, if it is such."""
-        if self.way == "userfault":
-            self.checkpointer = userfault.Checkpointer(
-                self.folder,
-                {"array": self.array},
-                drain="off" if self.drain == "off" else "auto",
-                staging=self.staging,
-                durable=False,
-                max_to_keep=2,
-            )
-
     def fill(self, length: int) -> None:
         """Words that are all different, in the middle of the memory."""
         start = self.address + (self.length - length) // 2
@@ -123,7 +114,10 @@ class Subject:
             )
 
     def point(self, linger: float = 0.0) -> tuple[float, Facts]:
-        """Takes a point; seconds that the caller stood still. `linger`: seconds a child saves."""
+        """Takes a point; seconds that the caller stood still.
+
+        With `linger` a child of fork() writes its copy into a file, and lives for so many seconds at least.
+        """
         if self.checkpointer:
             # The thread's own time says on a busy machine too what the cut costs.
             begin = time.thread_time()
@@ -142,24 +136,50 @@ class Subject:
             begin = time.perf_counter()
             np.save(self.folder / "array.npy", self.array)
             return time.perf_counter() - begin, {}
-        child = ctypes.c_int()
         begin = time.thread_time()
-        stall = self.lib.timed_fork(ctypes.byref(child), int(linger * 1e6))
+        saves = linger > 0 and self.child != "idle"
+        stall, child = self.fork(linger, self.folder / "copy" if saves else None)
         cpu = time.thread_time() - begin
-        os.waitpid(child.value, 0)
-        return float(stall), {"stall_cpu_ms": cpu * 1e3}
+        _, status = os.waitpid(child, 0)
+        assert status == 0, "the child could not write its copy"
+        return stall, {"stall_cpu_ms": cpu * 1e3}
 
-    def write_steadily(self) -> tuple[ctypes.c_void_p, NDArray[Any]]:
-        """Starts a thread of `RATE` random writes a second: its handle, and nanoseconds of each write."""
-        latencies = np.zeros(4_000_000, np.uint32)
+    def fork(self, linger: float, copy: Path | None = None) -> tuple[float, int]:
+        """Seconds that fork() takes, and its child, which lives for `linger` seconds and writes a copy."""
+        child = ctypes.c_int()
+        stall = self.lib.timed_fork(
+            ctypes.byref(child),
+            ctypes.c_int(int(linger * 1e6)),
+            ctypes.c_void_p(self.address),
+            ctypes.c_uint64(self.length),
+            ctypes.c_char_p(os.fsencode(copy) if copy else None),
+        )
+        return float(stall), child.value
+
+    def write_steadily(self, beside: int = 0) -> tuple[ctypes.c_void_p, NDArray[Any], NDArray[Any]]:
+        """Starts a thread of `RATE` random writes a second: its handle, and nanoseconds of each write.
+
+        As often it writes to as much memory at the address `beside`, if that is not 0: nanoseconds of those.
+        """
+        latencies, others = np.zeros((2, 2_000_000), np.uint32)
         writer = self.lib.start_writer(
             ctypes.c_void_p(self.address),
             ctypes.c_uint64(self.length),
             ctypes.c_uint64(RATE),
             latencies.ctypes.data_as(ctypes.c_void_p),
             ctypes.c_uint64(len(latencies)),
+            ctypes.c_void_p(beside or None),
+            others.ctypes.data_as(ctypes.c_void_p),
         )
-        return ctypes.c_void_p(writer), latencies
+        return ctypes.c_void_p(writer), latencies, others
+
+    def memory_beside(self) -> int:
+        """As much memory on pages as small, which nobody follows and no child gets: its address."""
+        address = self.lib.private_memory(ctypes.c_uint64(self.length), ctypes.c_int(0))
+        base, length = ctypes.c_void_p(address), ctypes.c_uint64(self.length)
+        self.lib.fill_words(base, length, ctypes.c_uint64(3))
+        assert self.lib.keep_from_children(base, length) == 0
+        return int(address)
 
     def close(self) -> None:
         """Removes the files."""
@@ -206,7 +226,7 @@ def drained(options: argparse.Namespace) -> Facts:
     """Milliseconds of stall with a steady writer, and a point every `--count` seconds; its p99 in us."""
     with subject(options) as memory:
         memory.point()
-        handle, latencies = memory.write_steadily()
+        handle, latencies, _ = memory.write_steadily()
         stalls, marks = [], []
         extra = 0.0
         for _ in range(3):
@@ -236,18 +256,18 @@ def drained(options: argparse.Namespace) -> Facts:
         }
 
 
-def excess(during: NDArray[Any], alone: NDArray[Any], share: float) -> float:
-    """The quantile of what a point adds to a write, of the times of writes during points and before any.
+def excess(during: NDArray[Any], beside: NDArray[Any], share: float) -> float:
+    """The quantile of what a point adds to a write, from times of writes to memory with a point and without.
 
     This machine's own noise is in both. A write is slower than t if the noise or the point makes it so; as
     they do not know of each other, the share of writes that the point alone makes slower than t is
-    1 - (1 - during(t)) / (1 - alone(t)). The answer is the least t from which on that is at most
-    1 - `share`. If the noise is not the same before and during, the difference is taken for the point's.
+    1 - (1 - during(t)) / (1 - beside(t)). The answer is the least t from which on that is at most
+    1 - `share`.
     """
     times = np.unique(during)
     within_during = np.searchsorted(np.sort(during), times, "right") / len(during)
-    within_alone = np.searchsorted(np.sort(alone), times, "right") / len(alone)
-    by_point = 1 - within_during / np.maximum(within_alone, 1 / len(alone))
+    within_beside = np.searchsorted(np.sort(beside), times, "right") / len(beside)
+    by_point = 1 - within_during / np.maximum(within_beside, 1 / len(beside))
     above = np.flatnonzero(by_point > 1 - share)
     return float(times[min(above[-1] + 1, len(times) - 1)] if len(above) else times[0])
 
@@ -255,40 +275,36 @@ def excess(during: NDArray[Any], alone: NDArray[Any], share: float) -> float:
 def writer_p99(options: argparse.Namespace) -> Facts:
     """Microseconds: the p99 of what points make of a steady writer's writes, without this machine's noise.
 
-    The writer goes first for `--count` seconds over memory that nobody follows. Then points are taken, and
-    its writes in the second from each cut on count.
+    Each write is followed by one to memory that nobody follows, so that both meet the same noise. Those in
+    the second from each of eight cuts on count; the cuts are `--count` seconds apart.
     """
-    memory = Subject(options.memory, options.length, followed=False)
-    with contextlib.closing(memory):
-        handle, latencies = memory.write_steadily()
-        time.sleep(options.count)
-        alone = latencies[: memory.lib.written(handle)].copy()
-        memory.follow()
+    with subject(options) as memory:
+        handle, to_it, to_other = memory.write_steadily(memory.memory_beside())
         if memory.checkpointer:
             # Everything is copied once; that is no point that a program takes again and again.
             memory.point()
-        marks, stalls = [], []
-        for _ in range(4):
-            time.sleep(options.count / 2)
+        counted, stalls = [], []
+        for _ in range(8):
+            time.sleep(options.count - 1)
             first = memory.lib.written(handle)
             if memory.way != "still":
                 stalls.append(memory.point(linger=1.0)[0] * 1e3)
-            else:
-                time.sleep(1.0)
-            marks.append((first, first + RATE))
-        time.sleep(1.0)
+            while memory.lib.written(handle) < first + RATE:
+                time.sleep(0.01)
+            counted.append(slice(first, first + RATE))
         memory.lib.stop_writer(handle)
-        during = np.concatenate([latencies[first:last] for first, last in marks])
+        during, beside = (np.concatenate([times[part] for part in counted]) for times in (to_it, to_other))
         return {
-            "value": excess(during, alone, 0.99) / 1e3,
+            "value": excess(during, beside, 0.99) / 1e3,
             **{
-                f"p{share}{when}_us": float(np.percentile(each, share)) / 1e3
+                f"p{share}{where}_us": float(np.percentile(each, share)) / 1e3
                 for share in (50, 90, 99)
-                for when, each in (("", during), ("_alone", alone))
+                for where, each in (("", during), ("_beside", beside))
             },
-            "p90_excess_us": excess(during, alone, 0.9) / 1e3,
+            "p50_excess_us": excess(during, beside, 0.5) / 1e3,
+            "p90_excess_us": excess(during, beside, 0.9) / 1e3,
             "mean_us": float(during.mean()) / 1e3,
-            "mean_alone_us": float(alone.mean()) / 1e3,
+            "mean_beside_us": float(beside.mean()) / 1e3,
             "worst_us": float(during.max()) / 1e3,
             "stall_ms": statistics.median(stalls) if stalls else 0.0,
         }
@@ -425,12 +441,11 @@ def extra(options: argparse.Namespace) -> Facts:
             memory.lib.rewrite(base, length, ctypes.c_double(0.5))
             point.result()
             return {"value": point.extra_bytes / (1 << 20)}
-        child = ctypes.c_int()
-        memory.lib.timed_fork(ctypes.byref(child), 60_000_000)
+        _, child = memory.fork(60.0)
         memory.lib.rewrite(base, length, ctypes.c_double(0.5))
-        lines = Path(f"/proc/{child.value}/smaps_rollup").read_text().splitlines()
-        os.kill(child.value, 9)
-        os.waitpid(child.value, 0)
+        lines = Path(f"/proc/{child}/smaps_rollup").read_text().splitlines()
+        os.kill(child, 9)
+        os.waitpid(child, 0)
         private = sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
         return {"value": private / 1024}
 

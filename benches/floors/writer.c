@@ -4,6 +4,7 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -34,6 +35,9 @@ void *private_memory(uint64_t length, int huge) {
     madvise(base, length, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     return base;
 }
+
+// No child of fork() gets it, so that no write to it is ever copied for one.
+int keep_from_children(void *base, uint64_t length) { return madvise(base, length, MADV_DONTFORK); }
 
 // Fill with words that are all different, so that nothing compresses and nothing is zero.
 void fill_words(void *base, uint64_t length, uint64_t seed) {
@@ -126,11 +130,28 @@ double copy_dirty(void *base, uint64_t length, uint64_t count, uint64_t seed, vo
     return (double)(end - begin) / 1e9;
 }
 
-// Seconds that fork() keeps its caller. The child leaves at once with status 0, or after `linger_us`.
-double timed_fork(int *child, int linger_us) {
+// What a child of fork() does with its copy: writes it into a file, and leaves, with status 0 if all is written, once
+// `linger_us` are over.
+static void save_and_leave(const char *base, uint64_t length, const char *path, int linger_us) {
+    uint64_t until = now_ns() + (uint64_t)linger_us * 1000, done = 0;
+    int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
+    while (file >= 0 && done < length) {
+        uint64_t part = length - done < (1u << 20) ? length - done : (1u << 20);
+        ssize_t wrote = write(file, base + done, part);
+        if (wrote <= 0) break;
+        done += (uint64_t)wrote;
+    }
+    while (now_ns() < until) usleep(1000);
+    _exit(done < length);
+}
+
+// Seconds that fork() keeps its caller. The child saves its copy in `path`, if that is not null, and leaves after
+// `linger_us`.
+double timed_fork(int *child, int linger_us, const void *base, uint64_t length, const char *path) {
     uint64_t begin = now_ns();
     pid_t pid = fork();
     if (pid == 0) {
+        if (path) save_and_leave(base, length, path, linger_us);
         if (linger_us > 0) usleep((useconds_t)linger_us);
         _exit(0);
     }
@@ -141,13 +162,21 @@ double timed_fork(int *child, int linger_us) {
 
 struct writer {
     pthread_t thread;
-    volatile uint64_t *words;
-    uint64_t count, period_ns, pages_first;
+    volatile uint64_t *words, *beside;
+    uint64_t count, period_ns;
     volatile int stop;
-    uint32_t *latencies;
+    uint32_t *latencies, *latencies_beside;
     uint64_t room;
     volatile uint64_t written;
 };
+
+// Writes a word; nanoseconds that it took.
+static uint32_t timed_write(volatile uint64_t *word, uint64_t value) {
+    uint64_t begin = now_ns();
+    *word = value;
+    uint64_t took = now_ns() - begin;
+    return took > UINT32_MAX ? UINT32_MAX : (uint32_t)took;
+}
 
 static void *write_steadily(void *argument) {
     struct writer *w = argument;
@@ -160,11 +189,13 @@ static void *write_steadily(void *argument) {
             if (due - at > 500000) nanosleep(&pause, 0);
             continue;
         }
-        uint64_t word = next(&state) % w->count, value = next(&state);
-        uint64_t begin = now_ns();
-        w->words[word] = value;
-        uint64_t took = now_ns() - begin, n = w->written;
-        if (n < w->room) w->latencies[n] = took > UINT32_MAX ? UINT32_MAX : (uint32_t)took;
+        uint64_t word = next(&state) % w->count, value = next(&state), n = w->written;
+        uint32_t took = timed_write(w->words + word, value);
+        uint32_t beside = w->beside ? timed_write(w->beside + next(&state) % w->count, value) : 0;
+        if (n < w->room) {
+            w->latencies[n] = took;
+            if (w->beside) w->latencies_beside[n] = beside;
+        }
         w->written = n + 1;
         due += w->period_ns;
         // A writer that fell behind does not catch up in a burst.
@@ -173,13 +204,17 @@ static void *write_steadily(void *argument) {
     return 0;
 }
 
-// A thread that makes `rate` random 8-byte writes a second and notes how long each takes (nanoseconds).
-void *start_writer(void *base, uint64_t length, uint64_t rate, uint32_t *latencies, uint64_t room) {
+// A thread that makes `rate` random 8-byte writes a second and notes how long each takes (nanoseconds). Right after
+// each it makes one to as much other memory, if that is not null, and notes that, too.
+void *start_writer(void *base, uint64_t length, uint64_t rate, uint32_t *latencies, uint64_t room, void *beside,
+                   uint32_t *latencies_beside) {
     struct writer *w = calloc(1, sizeof *w);
     w->words = base;
     w->count = length / 8;
     w->period_ns = 1000000000u / rate;
     w->latencies = latencies;
+    w->beside = beside;
+    w->latencies_beside = latencies_beside;
     w->room = room;
     pthread_create(&w->thread, 0, write_steadily, w);
     return w;

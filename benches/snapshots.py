@@ -301,8 +301,9 @@ def writer_p99(options: argparse.Namespace) -> Facts:
                 for share in (50, 90, 99)
                 for where, each in (("", during), ("_beside", beside))
             },
-            "p50_excess_us": excess(during, beside, 0.5) / 1e3,
-            "p90_excess_us": excess(during, beside, 0.9) / 1e3,
+            **{
+                f"p{share}_excess_us": excess(during, beside, share / 100) / 1e3 for share in (50, 90, 95, 98)
+            },
             "mean_us": float(during.mean()) / 1e3,
             "mean_beside_us": float(beside.mean()) / 1e3,
             "worst_us": float(during.max()) / 1e3,

@@ -25,8 +25,8 @@ const PUSHED: u64 = 4 << 20;
 impl Engine {
     /// Asks for what the walk of `thread` will touch next, if its fault on `block` belongs to one.
     pub(crate) fn look_ahead(&'static self, body: &Arc<Body>, block: u32, thread: u32) {
-        let limit = self.pool_of(body).figures().limit;
-        let window = body.walked(thread, block, longest_window(body, limit));
+        let longest = || longest_window(body, self.pool_of(body).figures().limit);
+        let window = body.walked(thread, block, longest);
         if let Some(window) = window {
             self.submit_ahead(body, window);
         }

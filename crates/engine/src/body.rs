@@ -323,7 +323,12 @@ impl Body {
     }
 
     /// Notes a missing fault; returns what its walk will touch next, at most `longest` blocks.
-    pub(crate) fn walked(&self, thread: u32, block: u32, longest: u32) -> Option<Window> {
+    pub(crate) fn walked(
+        &self,
+        thread: u32,
+        block: u32,
+        longest: impl FnOnce() -> u32,
+    ) -> Option<Window> {
         let mut walking = self.walks.lock();
         let advice = walking.advice(block);
         walking.walks.fault(thread, block, longest, advice)
@@ -334,7 +339,7 @@ impl Body {
         &self,
         thread: u32,
         block: u32,
-        longest: u32,
+        longest: impl FnOnce() -> u32,
     ) -> Option<Window> {
         let mut walking = self.walks.lock_in_handler();
         let advice = walking.advice(block);

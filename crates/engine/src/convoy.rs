@@ -18,7 +18,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
 
 use crate::block::{Purpose, State};
 use crate::body::Body;
@@ -161,14 +160,15 @@ impl Engine {
             self.note_content(body, filling.block, block);
             let tried = if placed >= block.len() {
                 placed -= block.len();
-                Tried::Mapped
+                Tried::mapped()
             } else if let Some(error) = broken.take() {
                 self.broke_off(&filling, block, std::mem::take(&mut placed), error, lead)
             } else {
                 self.put_in_place(&filling, block, lead)
             };
             self.settle(&filling, &tried);
-            self.follow(filling, tried, Instant::now(), lead);
+            let ended = tried.ended();
+            self.follow(filling, tried, ended, lead);
         }
     }
 }

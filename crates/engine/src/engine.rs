@@ -173,7 +173,12 @@ impl Engine {
 
     /// Milliseconds since the engine came to life; the clock of seats and turns.
     pub(crate) fn now_ms(&self) -> u32 {
-        self.epoch.elapsed().as_millis() as u32
+        self.ms_at(Instant::now())
+    }
+
+    /// The same for a moment that was now a little earlier.
+    pub(crate) fn ms_at(&self, moment: Instant) -> u32 {
+        moment.duration_since(self.epoch).as_millis() as u32
     }
 
     /// The body whose memory holds `address`.

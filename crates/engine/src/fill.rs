@@ -18,7 +18,6 @@ use crate::error::Error;
 use crate::flight::most_of_one;
 use crate::halfway::Halfway;
 use crate::poison;
-use crate::policy::Queue;
 use crate::shortage::NO_ROOM_FOR;
 use crate::staging;
 use crate::stats::add;
@@ -57,14 +56,28 @@ pub(crate) struct Filling {
 
 /// How a try ended.
 pub(crate) enum Tried {
-    /// Everything that could be done is done, and the block is released.
-    Mapped,
+    /// The block is mapped, since then.
+    Mapped(Instant),
     NoRoom,
     /// The limit allows the memory, but the kernel has none: a pool of huge pages is shared with others.
     Refused(io::Error),
     Failed(io::Error),
     /// The read took too long: the clock took the block away and gave it up.
     Abandoned,
+}
+
+impl Tried {
+    pub(crate) fn mapped() -> Tried {
+        Tried::Mapped(Instant::now())
+    }
+
+    /// When the try ended.
+    pub(crate) fn ended(&self) -> Instant {
+        match self {
+            Tried::Mapped(at) => *at,
+            _ => Instant::now(),
+        }
+    }
 }
 
 impl Filling {
@@ -113,9 +126,9 @@ pub(crate) fn written(touch: &Touch, body: &Body) -> Option<usize> {
 impl Engine {
     /// Brings an absent block in. The block is in state Filling and belongs to `filling`.
     pub(crate) fn fill(&'static self, mut filling: Filling, lead: &mut Lead) {
-        let body = filling.body.clone();
         let let_in = std::mem::take(&mut filling.let_in);
         let (door, may_fly, crowded) = {
+            let body = &filling.body;
             let mut table = body.lock();
             if table.closed {
                 if let_in {
@@ -125,12 +138,12 @@ impl Engine {
                 for filling in rest.iter().chain([&filling]) {
                     let _ = body.release(&mut table, filling.block, State::Absent);
                     if filling.no_room_since.is_some() {
-                        self.pool_of(&body).wait(false);
+                        self.pool_of(body).wait(false);
                     }
                 }
                 return;
             }
-            let door = self.door(&body, &table);
+            let door = self.door(body, &table);
             if !let_in {
                 table.fills.began();
             }
@@ -150,6 +163,7 @@ impl Engine {
             if filling.ahead && door.is_narrow() {
                 return self.end_try(filling, Tried::NoRoom, lead);
             }
+            let body = filling.body.clone();
             let mut table = body.lock();
             // Whoever ends next calls the next one: there must be somebody.
             if table.fills.is_crowded(door) {
@@ -157,7 +171,7 @@ impl Engine {
                 return;
             }
         }
-        let tried = body.backing.fill(self, &filling, lead);
+        let tried = filling.body.backing.fill(self, &filling, lead);
         self.end_try(filling, tried, lead);
     }
 
@@ -186,29 +200,27 @@ impl Engine {
 
     /// What follows from a try.
     pub(crate) fn end_try(&'static self, filling: Filling, tried: Tried, lead: &mut Lead) {
-        let body = filling.body.clone();
-        let (entered, ended) = (filling.entered, Instant::now());
-        if self.follow(filling, tried, ended, lead) {
+        let (entered, ended) = (filling.entered, tried.ended());
+        if let Some(body) = self.follow(filling, tried, ended, lead) {
             let mut table = body.lock();
             table.fills.took(ended - entered);
             self.fill_ended(&body, &mut table);
         }
     }
 
-    /// What follows from a try that ended at `now`. False if the clock took the block away from it meanwhile.
+    /// What follows from a try that ended at `now`. The region, unless the clock took the block away from it meanwhile.
     pub(crate) fn follow(
         &'static self,
         mut filling: Filling,
         tried: Tried,
         now: Instant,
         lead: &mut Lead,
-    ) -> bool {
-        let body = filling.body.clone();
-        let block = filling.block;
+    ) -> Option<Arc<Body>> {
+        let (body, block) = (&filling.body, filling.block);
         let tried = match tried {
             Tried::Refused(error) => {
                 self.pool.refuse(self.now_ms());
-                self.make_way(&body, filling.thread, lead);
+                self.make_way(body, filling.thread, lead);
                 filling.refused = Some(error);
                 Tried::NoRoom
             }
@@ -220,39 +232,41 @@ impl Engine {
             drop(table);
             // Whoever touches it asks by a fault of its own, and is told then what is wrong.
             if waited {
-                self.wake(&body, block);
+                self.wake(body, block);
             }
-            return true;
+            return Some(filling.body);
         }
         match tried {
-            Tried::Mapped => {
+            Tried::Mapped(at) => {
                 if let Some(since) = filling.no_room_since {
                     add(&body.counters.wait_ns, since.elapsed().as_nanos() as u64);
-                    self.pool_of(&body).wait(false);
+                    self.pool_of(body).wait(false);
                 }
                 if filling.thread != 0 {
                     body.counters
                         .latency
-                        .record((now - filling.began).as_nanos() as u64);
+                        .record((at - filling.began).as_nanos() as u64);
                 }
             }
             Tried::NoRoom | Tried::Refused(_) => {
                 if filling.no_room_since.is_none() {
                     filling.no_room_since = Some(now);
                     add(&body.counters.waits, 1);
-                    self.pool_of(&body).wait(true);
+                    self.pool_of(body).wait(true);
                 }
                 let waited = filling
                     .no_room_since
                     .map_or(Duration::ZERO, |since| now - since);
                 if waited > NO_ROOM_FOR + body.retry_for {
-                    self.pool_of(&body).wait(false);
-                    let cause = self.why_no_room(&body, filling.refused);
-                    poison::give_up(self, &body, block, &cause);
-                    return true;
+                    self.pool_of(body).wait(false);
+                    let cause = self.why_no_room(body, filling.refused);
+                    poison::give_up(self, body, block, &cause);
+                    return Some(filling.body);
                 }
-                self.tell_of_shortage(&body, waited);
+                self.tell_of_shortage(body, waited);
+                let body = filling.body.clone();
                 self.clock.defer(filling, Duration::from_millis(1));
+                return Some(body);
             }
             Tried::Failed(error) => {
                 let pause = PAUSES.0 * 2u32.saturating_pow(filling.tries.min(16));
@@ -262,22 +276,23 @@ impl Engine {
                 let pause = pause.min(PAUSES.1).min(left / 2);
                 if body.retries() && pause >= PAUSES.0 {
                     filling.tries += 1;
+                    let body = filling.body.clone();
                     self.clock.defer(filling, pause);
-                } else {
-                    if filling.no_room_since.is_some() {
-                        self.pool_of(&body).wait(false);
-                    }
-                    poison::give_up(self, &body, block, &error);
+                    return Some(body);
                 }
+                if filling.no_room_since.is_some() {
+                    self.pool_of(body).wait(false);
+                }
+                poison::give_up(self, body, block, &error);
             }
             Tried::Abandoned => {
                 if filling.no_room_since.is_some() {
-                    self.pool_of(&body).wait(false);
+                    self.pool_of(body).wait(false);
                 }
-                return false;
+                return None;
             }
         }
-        true
+        Some(filling.body)
     }
 
     /// Brings a block of this process's memory in.
@@ -319,24 +334,25 @@ impl Engine {
     pub(crate) fn settle(&'static self, filling: &Filling, tried: &Tried) {
         let (body, block) = (&filling.body, filling.block);
         match tried {
-            Tried::Mapped => {
+            Tried::Mapped(at) => {
                 let mut table = body.lock();
-                let memo = self.pool_of(body).brought_in(table.memo(block));
-                table.set_memo(block, memo);
                 let waited = self.mapped(body, &mut table, block, filling.written);
+                let (memo, queues) = self.pool_of(body).brought_in(
+                    table.memo(block),
+                    body.seat(block),
+                    body.block_len(block),
+                    self.ms_at(*at),
+                    filling.thread,
+                );
+                table.set_memo(block, memo);
                 let spans = table.settle_spans();
                 drop(table);
                 if waited {
                     self.wake(body, block);
                 }
                 self.charge_tables(body, spans);
-                self.presume(body, block, || self.pool_of(body).figures().limit);
-                self.seat_given(
-                    body,
-                    block,
-                    Queue::Mapped(memo.rank()),
-                    Some(filling.thread),
-                );
+                self.presume(body, block, queues.limit);
+                self.sweep_stale(body, queues);
             }
             Tried::NoRoom | Tried::Refused(_) | Tried::Failed(_) | Tried::Abandoned => {
                 self.give_back(body, body.block_len(block) as u64);
@@ -371,7 +387,7 @@ impl Engine {
             .uncovered(body, block)
             .and_then(|()| self.map_copy(body, block, bytes, &mut placed))
         {
-            Ok(()) => Tried::Mapped,
+            Ok(()) => Tried::mapped(),
             Err(error) => self.broke_off(filling, bytes, placed, error, lead),
         }
     }
@@ -387,7 +403,7 @@ impl Engine {
     ) -> Tried {
         let rest = Some(&bytes[placed..]);
         match self.end_halfway(&filling.body, filling.block, placed, rest, lead) {
-            Halfway::Whole => Tried::Mapped,
+            Halfway::Whole => Tried::mapped(),
             Halfway::Dropped => refused(error),
         }
     }
@@ -396,7 +412,7 @@ impl Engine {
         let (body, block) = (&filling.body, filling.block);
         let (start, len) = (body.start(block), body.block_len(block));
         if self.fill_from_store(body, block) {
-            return Tried::Mapped;
+            return Tried::mapped();
         }
         if let Err(error) = body.memory.claim(start, len) {
             let _ = body.memory.punch(start, len);
@@ -413,10 +429,10 @@ impl Engine {
                 .uncovered(body, block)
                 .and_then(|()| self.map_claimed(body, block))
             {
-                Ok(()) => Tried::Mapped,
+                Ok(()) => Tried::mapped(),
                 // All of it is in memory, and the kernel may have mapped a part.
                 Err(error) => match self.end_halfway(body, block, len, Some(&[]), lead) {
-                    Halfway::Whole => Tried::Mapped,
+                    Halfway::Whole => Tried::mapped(),
                     Halfway::Dropped => refused(error),
                 },
             },

@@ -83,6 +83,8 @@ pub struct PoolState {
     turn: Option<Turn>,
     /// When each thread was last given a block, for those that were given one lately.
     threads: HashMap<u32, u32>,
+    /// Who was given one last, and when: most often it is the same thread in the same millisecond.
+    given_last: Option<(u32, u32)>,
     /// Faults that wait for memory.
     waiting: usize,
     /// When memory was refused last that the limit leaves: by a control group, or by the kernel.
@@ -212,13 +214,40 @@ impl PoolState {
             .map_or(Victim::NotNow, |entry| Victim::Zap(entry.seat, 1))
     }
 
-    /// Notes that `thread` was given a block. Does not allocate if the thread is known.
     fn entries(&self) -> usize {
         self.policy.mapped() + self.policy.resting()
     }
 
+    /// As [`Pool::seat`].
+    fn seat(
+        &mut self,
+        queue: Queue,
+        seat: Seat,
+        bytes: usize,
+        now: u32,
+        given: Option<u32>,
+    ) -> Queues {
+        self.policy.join(queue, seat, bytes as u32, now);
+        self.keep_places();
+        if let Some(thread) = given {
+            if self.threads.len() >= MOST_ACTIVE {
+                self.threads
+                    .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
+            }
+            self.note_given(thread, seat, now);
+        }
+        Queues {
+            entries: self.entries(),
+            limit: self.effective(),
+        }
+    }
+
+    /// Notes that `thread` was given a block. Does not allocate if the thread is known.
     fn note_given(&mut self, thread: u32, seat: Seat, now: u32) {
-        self.threads.insert(thread, now);
+        if self.given_last != Some((thread, now)) {
+            self.threads.insert(thread, now);
+            self.given_last = Some((thread, now));
+        }
         if let Some(turn) = &mut self.turn
             && turn.thread == thread
         {
@@ -229,6 +258,15 @@ impl PoolState {
             }
         }
     }
+}
+
+/// The queues of a pool when a block has got a place in one.
+#[derive(Debug, Clone, Copy)]
+pub struct Queues {
+    /// Entries in all of them.
+    pub entries: usize,
+    /// The limit that holds, bytes.
+    pub limit: u64,
 }
 
 /// Figures of a pool.
@@ -363,9 +401,20 @@ impl Pool {
         state.stuck = (count, if goes_on { since } else { now });
     }
 
-    /// A block is brought in: its new memo, whose rank says which queue it joins.
-    pub fn brought_in(&self, memo: Memo) -> Memo {
-        self.state.lock().policy.brought_in(memo)
+    /// A block is brought in and mapped, for `thread`: its new memo, in whose queue it has its place, and what
+    /// [`Pool::seat`] returns.
+    pub fn brought_in(
+        &self,
+        memo: Memo,
+        seat: Seat,
+        bytes: usize,
+        now: u32,
+        thread: u32,
+    ) -> (Memo, Queues) {
+        let mut state = self.state.lock();
+        let memo = state.policy.brought_in(memo);
+        let queue = Queue::Mapped(memo.rank());
+        (memo, state.seat(queue, seat, bytes, now, Some(thread)))
     }
 
     /// A resting block is mapped again: its new memo.
@@ -388,19 +437,8 @@ impl Pool {
         bytes: usize,
         now: u32,
         given: Option<u32>,
-    ) -> (usize, u64) {
-        let mut state = self.state.lock();
-        state.policy.join(queue, seat, bytes as u32, now);
-        state.keep_places();
-        if let Some(thread) = given {
-            if state.threads.len() >= MOST_ACTIVE {
-                state
-                    .threads
-                    .retain(|_, last| now.wrapping_sub(*last) < ACTIVE_MS);
-            }
-            state.note_given(thread, seat, now);
-        }
-        (state.entries(), state.effective())
+    ) -> Queues {
+        self.state.lock().seat(queue, seat, bytes, now, given)
     }
 
     /// Counts a fault that waits for memory.

@@ -125,10 +125,8 @@ impl Engine {
     }
 
     /// A block has come in, and is mapped. `limit` is that of its pool.
-    pub(crate) fn presume(&self, body: &Body, block: u32, limit: impl FnOnce() -> u64) {
-        if let Some(probe) = body
-            .presumption
-            .came(block, || longest_window(body, limit()))
+    pub(crate) fn presume(&self, body: &Body, block: u32, limit: u64) {
+        if let Some(probe) = body.presumption.came(block, || longest_window(body, limit))
             && !self.any_written(body, probe)
         {
             body.presumption.is_wrong();

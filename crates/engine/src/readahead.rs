@@ -74,8 +74,12 @@ impl Walk {
             .map(|beyond| beyond as u32)
     }
 
-    /// Asks for the next window, `left` blocks of the last being still on their way.
-    fn ask(&mut self, left: u32, longest: u32, advice: Advice) -> Window {
+    /// Asks for the next window, `left` blocks of the last being still on their way. `None`: not even one block may be
+    /// brought in ahead.
+    fn ask(&mut self, left: u32, longest: u32, advice: Advice) -> Option<Window> {
+        if longest == 0 {
+            return None;
+        }
         self.window = match advice {
             Advice::Sequential => longest,
             _ => (self.window * 2).clamp(2, longest.max(2)).min(longest),
@@ -83,11 +87,11 @@ impl Walk {
         let first = self.last + self.step;
         self.last += self.step * i64::from(self.window);
         self.asked = left + self.window + 1;
-        Window {
+        Some(Window {
             first,
             step: self.step,
             count: self.window,
-        }
+        })
     }
 }
 
@@ -135,15 +139,15 @@ impl Window {
 
 impl Walks {
     /// Notes a touch by `thread` of `block`, which is absent or on its way. `longest` is the longest window, in
-    /// blocks.
+    /// blocks; it is asked only for a walk that goes on.
     pub fn fault(
         &mut self,
         thread: u32,
         block: u32,
-        longest: u32,
+        longest: impl FnOnce() -> u32,
         advice: Advice,
     ) -> Option<Window> {
-        if advice == Advice::Random || longest == 0 {
+        if advice == Advice::Random {
             return None;
         }
         self.faults += 1;
@@ -165,7 +169,7 @@ impl Walks {
                 return None;
             }
             walk.last = block;
-            return Some(walk.ask(0, longest, advice));
+            return walk.ask(0, longest(), advice);
         }
         // It is touched before it came.
         if let Some((walk, beyond)) = self
@@ -179,7 +183,7 @@ impl Walks {
                 return None;
             }
             self.credit = (self.credit + 1).min(CREDIT);
-            return Some(walk.ask(beyond, longest, advice));
+            return walk.ask(beyond, longest(), advice);
         }
         // It was noted already.
         if self
@@ -232,7 +236,7 @@ mod tests {
         for block in blocks {
             if there.insert(i64::from(block)) {
                 faults += 1;
-                if let Some(window) = walks.fault(thread, block, 16, Advice::Normal) {
+                if let Some(window) = walks.fault(thread, block, || 16, Advice::Normal) {
                     there.extend(
                         (0..i64::from(window.count)).map(|n| window.first + n * window.step),
                     );
@@ -268,7 +272,7 @@ mod tests {
             seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             let block = (seed >> 40) as u32 % 100_000;
             brought += walks
-                .fault(1, block, 16, Advice::Normal)
+                .fault(1, block, || 16, Advice::Normal)
                 .map_or(0, |window| window.count);
         }
         assert!(brought < 100, "{brought} blocks");
@@ -282,7 +286,7 @@ mod tests {
             let mut there = 0..0;
             for block in start..start + length {
                 if !there.contains(&block)
-                    && let Some(window) = walks.fault(1, block, 16, advice)
+                    && let Some(window) = walks.fault(1, block, || 16, advice)
                 {
                     brought += window.count;
                     there = window.first as u32..window.first as u32 + window.count;
@@ -324,9 +328,9 @@ mod tests {
             let mut beyond = 0i64;
             let mut windows = 0;
             for n in 0..400 {
-                let asked = walks.fault(1, place(n), 16, Advice::Normal);
+                let asked = walks.fault(1, place(n), || 16, Advice::Normal);
                 // Nor does a second look at the same touch change anything.
-                assert_eq!(walks.fault(1, place(n), 16, Advice::Normal), None);
+                assert_eq!(walks.fault(1, place(n), || 16, Advice::Normal), None);
                 beyond = (beyond - 1).max(0);
                 if let Some(asked) = asked {
                     assert_eq!(asked.step, step);
@@ -346,19 +350,19 @@ mod tests {
     #[test]
     fn a_first_touch_that_is_noted_twice_is_one_touch() {
         let mut walks = Walks::default();
-        assert_eq!(walks.fault(1, 7, 16, Advice::Normal), None);
-        assert_eq!(walks.fault(1, 7, 16, Advice::Normal), None);
+        assert_eq!(walks.fault(1, 7, || 16, Advice::Normal), None);
+        assert_eq!(walks.fault(1, 7, || 16, Advice::Normal), None);
         assert_eq!(walks.walks.iter().filter(|walk| walk.seen > 0).count(), 1);
     }
 
     #[test]
     fn advice_is_followed() {
         let mut walks = Walks::default();
-        assert!((0..100).all(|block| walks.fault(1, block, 16, Advice::Random).is_none()));
-        walks.fault(1, 0, 16, Advice::Sequential);
+        assert!((0..100).all(|block| walks.fault(1, block, || 16, Advice::Random).is_none()));
+        walks.fault(1, 0, || 16, Advice::Sequential);
         assert_eq!(
             walks
-                .fault(1, 1, 16, Advice::Sequential)
+                .fault(1, 1, || 16, Advice::Sequential)
                 .map(|window| window.count),
             Some(16)
         );

@@ -19,7 +19,7 @@ use crate::kernel::Evidence;
 use crate::limit::{self, CGROUP_MARGIN, Cgroup};
 use crate::memory::Kind;
 use crate::policy::{Queue, Rank, Seat};
-use crate::pool::{Pool, Victim};
+use crate::pool::{Pool, Queues, Victim};
 use crate::signals;
 use crate::staging;
 use crate::workers::Lead;
@@ -457,11 +457,16 @@ impl Engine {
     pub(crate) fn seat_given(&self, body: &Body, block: u32, queue: Queue, thread: Option<u32>) {
         let pool = self.pool_of(body);
         let (seat, len) = (body.seat(block), body.block_len(block));
-        let (entries, limit) = pool.seat(queue, seat, len, self.now_ms(), thread);
+        let queues = pool.seat(queue, seat, len, self.now_ms(), thread);
+        self.sweep_stale(body, queues);
+    }
+
+    /// Sweeps stale entries out of the queues of a region's pool, when there are many more of them than blocks.
+    pub(crate) fn sweep_stale(&self, body: &Body, queues: Queues) {
         let block = body.block as u64;
-        if entries as u64 * block > 4 * limit + 64 * block {
+        if queues.entries as u64 * block > 4 * queues.limit + 64 * block {
             let mut seen = std::collections::HashSet::new();
-            pool.sweep(|seat, queue| {
+            self.pool_of(body).sweep(|seat, queue| {
                 let state = self
                     .by_id(seat.region)
                     .map(|body| body.lock().state(seat.block));

@@ -256,7 +256,8 @@ impl Engine {
                 };
             }
         };
-        if let Some(window) = body.walked_in_handler(thread, block, longest_window(body, limit)) {
+        if let Some(window) = body.walked_in_handler(thread, block, || longest_window(body, limit))
+        {
             let before = window.first - window.step;
             if (0..i64::from(body.all_blocks())).contains(&before) {
                 let before = body.memory.main() + before as usize * body.block;
@@ -290,7 +291,7 @@ impl Engine {
             self.mapped_in_handler(&mut table, body, block, thread, false);
             table.settle_spans()
         };
-        self.presume(body, block, || limit);
+        self.presume(body, block, limit);
         // Only now: what is handed over is noted by whoever answers it.
         self.trace(Kind::Missing, body, block, thread);
         add(&body.counters.faults_missing, 1);

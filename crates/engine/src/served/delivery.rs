@@ -255,7 +255,7 @@ impl Backing for Elsewhere {
         let (body, block) = (&filling.body, filling.block);
         let Some(process) = self.process.upgrade() else {
             body.release(&mut body.lock(), block, State::Absent);
-            return Tried::Mapped;
+            return Tried::mapped();
         };
         staging::with(engine, body.block_len(block), |buffer| {
             match engine.read(filling, buffer, lead) {
@@ -281,7 +281,7 @@ impl Backing for Elsewhere {
             if put == Put::Gone {
                 process.retire(engine);
             }
-            Tried::Mapped
+            Tried::mapped()
         })
     }
 

@@ -127,7 +127,10 @@ impl Histogram {
 
     pub(crate) fn record(&self, ns: u64) {
         self.buckets[bucket(ns)].fetch_add(1, Ordering::Relaxed);
-        self.max.fetch_max(ns, Ordering::Relaxed);
+        // fetch_max is a locked instruction whether or not it changes anything.
+        if ns > self.max.load(Ordering::Relaxed) {
+            self.max.fetch_max(ns, Ordering::Relaxed);
+        }
     }
 
     fn absorb(&self, other: &Histogram) {

@@ -93,8 +93,8 @@ def main() -> None:
     copies = {}
     with userfault.Checkpointer(folder / "points", {"words": words}) as ck:
 
-        def take(name: str, step: int) -> None:
-            before = _on_disk(folder)
+        def take(name: str, step: int, before: int) -> None:
+            # What the drain had stored of it by now is a part of it.
             begin = time.perf_counter()
             with writer.lock:
                 point = ck.save(step)
@@ -104,7 +104,7 @@ def main() -> None:
             size = _on_disk(folder) - before
             say(step=name, stall=point.stall, seconds=took, size=size, method=point.method["words"])
 
-        take("full", 0)
+        take("full", 0, before=0)
         # From here on one part in a hundred is written. What was written elsewhere while the first point
         # was on its way goes into a point of its own, and is not counted as what changed.
         writer.stopping = True
@@ -112,10 +112,11 @@ def main() -> None:
         writer = Writer(words[: words.size // 100])
         writer.start()
         ck.save(1).result()
+        before = _on_disk(folder)
         enough = writer.written + 10 * BURST
         while writer.is_alive() and writer.written < enough:
             time.sleep(0.01)
-        take("incremental", 2)
+        take("incremental", 2, before)
         writer.stopping = True
         writer.join()
     begin = time.perf_counter()

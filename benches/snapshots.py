@@ -1,6 +1,6 @@
 """Workloads of checkpoints: what a point costs the program, and how fast it is saved and read again.
 
-A memory is "private:PAGES[,idle]" (the twin that forks; a child that lives on writes a copy, or is idle),
+A memory is "private:PAGES[,idle]" (the twin that forks; beside a writer its child saves a copy, or is idle),
 "still:4KiB" (of which no point is taken), "numpy:4KiB" (numpy.save), "copy:4KiB" (a bare copy of what was
 written: the floor of every point that copies at the cut),
 "userfault:PAGES[,off|on[,arm|point]]" for tracked memory, without the drain or with it, protected anew or
@@ -78,7 +78,7 @@ class Subject:
             huge = int(self.pages == "2MiB")
             self.address = self.lib.private_memory(ctypes.c_uint64(length), huge)
             self.fill(length)
-            self.written, self.child = (0, 1), drain
+            self.written, self.idle = (0, 1), drain == "idle"
             if self.way == "copy":
                 self.aside = self.lib.private_memory(ctypes.c_uint64(length), 1)
                 self.lib.fill_words(
@@ -113,10 +113,10 @@ class Subject:
                 ctypes.c_uint64(seed),
             )
 
-    def point(self, linger: float = 0.0) -> tuple[float, Facts]:
+    def point(self, linger: float = 0.0, copied: bool = False) -> tuple[float, Facts]:
         """Takes a point; seconds that the caller stood still.
 
-        With `linger` a child of fork() writes its copy into a file, and lives for so many seconds at least.
+        A child of fork() lives for `linger` seconds at least, and saves its copy in a file if it is `copied`.
         """
         if self.checkpointer:
             # The thread's own time says on a busy machine too what the cut costs.
@@ -137,8 +137,7 @@ class Subject:
             np.save(self.folder / "array.npy", self.array)
             return time.perf_counter() - begin, {}
         begin = time.thread_time()
-        saves = linger > 0 and self.child != "idle"
-        stall, child = self.fork(linger, self.folder / "copy" if saves else None)
+        stall, child = self.fork(linger, self.folder / "copy" if copied else None)
         cpu = time.thread_time() - begin
         _, status = os.waitpid(child, 0)
         assert status == 0, "the child could not write its copy"
@@ -288,7 +287,8 @@ def writer_p99(options: argparse.Namespace) -> Facts:
             time.sleep(options.count - 1)
             first = memory.lib.written(handle)
             if memory.way != "still":
-                stalls.append(memory.point(linger=1.0)[0] * 1e3)
+                copied = memory.way == "private" and not memory.idle
+                stalls.append(memory.point(linger=1.0, copied=copied)[0] * 1e3)
             while memory.lib.written(handle) < first + RATE:
                 time.sleep(0.01)
             counted.append(slice(first, first + RATE))

@@ -130,10 +130,9 @@ double copy_dirty(void *base, uint64_t length, uint64_t count, uint64_t seed, vo
     return (double)(end - begin) / 1e9;
 }
 
-// What a child of fork() does with its copy: writes it into a file, and leaves, with status 0 if all is written, once
-// `linger_us` are over.
-static void save_and_leave(const char *base, uint64_t length, const char *path, int linger_us) {
-    uint64_t until = now_ns() + (uint64_t)linger_us * 1000, done = 0;
+// Writes memory into a file; 1 if all of it is written.
+static int save(const char *base, uint64_t length, const char *path) {
+    uint64_t done = 0;
     int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
     while (file >= 0 && done < length) {
         uint64_t part = length - done < (1u << 20) ? length - done : (1u << 20);
@@ -141,19 +140,19 @@ static void save_and_leave(const char *base, uint64_t length, const char *path, 
         if (wrote <= 0) break;
         done += (uint64_t)wrote;
     }
-    while (now_ns() < until) usleep(1000);
-    _exit(done < length);
+    return done == length;
 }
 
 // Seconds that fork() keeps its caller. The child saves its copy in `path`, if that is not null, and leaves after
-// `linger_us`.
+// `linger_us` at least, with status 0 if all was well.
 double timed_fork(int *child, int linger_us, const void *base, uint64_t length, const char *path) {
     uint64_t begin = now_ns();
     pid_t pid = fork();
     if (pid == 0) {
-        if (path) save_and_leave(base, length, path, linger_us);
-        if (linger_us > 0) usleep((useconds_t)linger_us);
-        _exit(0);
+        int well = !path || save(base, length, path);
+        uint64_t until = begin + (uint64_t)linger_us * 1000, now = now_ns();
+        if (now < until) usleep((useconds_t)((until - now) / 1000));
+        _exit(!well);
     }
     uint64_t end = now_ns();
     *child = pid;

@@ -105,6 +105,12 @@ impl Walking {
             .find(|(blocks, _)| blocks.contains(&block))
             .map_or(Advice::Normal, |(_, advice)| *advice)
     }
+
+    /// As [`Walks::fault`], by what the program says of the block.
+    fn fault(&mut self, thread: u32, block: u32, longest: impl FnOnce() -> u32) -> Option<Window> {
+        let advice = self.advice(block);
+        self.walks.fault(thread, block, longest, advice)
+    }
 }
 
 /// A store, with a name to print.
@@ -329,9 +335,7 @@ impl Body {
         block: u32,
         longest: impl FnOnce() -> u32,
     ) -> Option<Window> {
-        let mut walking = self.walks.lock();
-        let advice = walking.advice(block);
-        walking.walks.fault(thread, block, longest, advice)
+        self.walks.lock().fault(thread, block, longest)
     }
 
     /// As [`Body::walked`], in the handler of SIGBUS.
@@ -341,9 +345,7 @@ impl Body {
         block: u32,
         longest: impl FnOnce() -> u32,
     ) -> Option<Window> {
-        let mut walking = self.walks.lock_in_handler();
-        let advice = walking.advice(block);
-        walking.walks.fault(thread, block, longest, advice)
+        self.walks.lock_in_handler().fault(thread, block, longest)
     }
 
     /// Number of blocks.

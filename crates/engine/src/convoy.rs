@@ -167,8 +167,7 @@ impl Engine {
                 self.put_in_place(&filling, block, lead)
             };
             self.settle(&filling, &tried);
-            let ended = tried.ended();
-            self.follow(filling, tried, ended, lead);
+            self.follow(filling, tried, lead);
         }
     }
 }

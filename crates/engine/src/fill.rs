@@ -56,7 +56,7 @@ pub(crate) struct Filling {
 
 /// How a try ended.
 pub(crate) enum Tried {
-    /// The block is mapped, since then.
+    /// Everything that could be done was done by then.
     Mapped(Instant),
     NoRoom,
     /// The limit allows the memory, but the kernel has none: a pool of huge pages is shared with others.
@@ -201,19 +201,18 @@ impl Engine {
     /// What follows from a try.
     pub(crate) fn end_try(&'static self, filling: Filling, tried: Tried, lead: &mut Lead) {
         let (entered, ended) = (filling.entered, tried.ended());
-        if let Some(body) = self.follow(filling, tried, ended, lead) {
+        if let Some(body) = self.follow(filling, tried, lead) {
             let mut table = body.lock();
             table.fills.took(ended - entered);
             self.fill_ended(&body, &mut table);
         }
     }
 
-    /// What follows from a try that ended at `now`. The region, unless the clock took the block away from it meanwhile.
+    /// What follows from a try that just ended. The region, unless the clock took the block away from it meanwhile.
     pub(crate) fn follow(
         &'static self,
         mut filling: Filling,
         tried: Tried,
-        now: Instant,
         lead: &mut Lead,
     ) -> Option<Arc<Body>> {
         let (body, block) = (&filling.body, filling.block);
@@ -249,6 +248,7 @@ impl Engine {
                 }
             }
             Tried::NoRoom | Tried::Refused(_) => {
+                let now = Instant::now();
                 if filling.no_room_since.is_none() {
                     filling.no_room_since = Some(now);
                     add(&body.counters.waits, 1);
